@@ -1,0 +1,50 @@
+"""The intermediate representation: five kinds of tensors, their bytes, and the folder that holds them.
+
+NumPy only: nothing here imports torch, transformers, gguf or onnx, nor any other part of anyquant but errors.
+"""
+
+from __future__ import annotations
+
+from anyquant.ir.container import Model, file_sizes, open_ir
+from anyquant.ir.dequantize import block_integers, dequantize, digest, row_chunks, tensor_digest
+from anyquant.ir.ggml_blocks import dequantize_blocks
+from anyquant.ir.manifest import Entry
+from anyquant.ir.safetensors_io import write_safetensors
+from anyquant.ir.spec import (
+    DENSE_DTYPES,
+    GGML_TYPES,
+    AffineSpec,
+    BlockSpec,
+    CodebookSpec,
+    DenseSpec,
+    GGMLSpec,
+    Spec,
+)
+from anyquant.ir.tensor import ZERO_BLOCK, Tensor
+from anyquant.ir.writer import refuse_existing, write_ir
+
+__all__ = [
+    "DENSE_DTYPES",
+    "GGML_TYPES",
+    "ZERO_BLOCK",
+    "AffineSpec",
+    "BlockSpec",
+    "CodebookSpec",
+    "DenseSpec",
+    "Entry",
+    "GGMLSpec",
+    "Model",
+    "Spec",
+    "Tensor",
+    "block_integers",
+    "dequantize",
+    "dequantize_blocks",
+    "digest",
+    "file_sizes",
+    "open_ir",
+    "refuse_existing",
+    "row_chunks",
+    "tensor_digest",
+    "write_ir",
+    "write_safetensors",
+]

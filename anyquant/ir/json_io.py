@@ -1,0 +1,79 @@
+"""JSON from files that anyone may have written: bounded, without duplicate keys, and safe to write again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from anyquant.errors import CorruptFileError, InputError
+
+_MAX_BYTES = 64 << 20  # 200,000 tensors; what JSON expands to in memory is many times as large
+_MAX_DEPTH = 64
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.80} occurs twice in one object")
+    return found
+
+
+def check_tree(value: Any, *, finite: bool) -> None:
+    """Check that a parsed value can be written and read again: depth, strings, numbers.
+
+    Args:
+        value: what the parser gave.
+        finite: whether Infinity and NaN, which are Python's extension to JSON, are refused.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.keys()
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, str):
+                item.encode()  # half a surrogate pair is a ValueError
+            elif finite and isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{item} is not a JSON number")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+
+
+def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
+    """A JSON object from a regular file of bounded size.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+        CorruptFileError: it is not a JSON object, or one that cannot be written again.
+    """
+    try:
+        if not path.exists():
+            raise InputError(f"{path.name} is missing in {path.parent}: not a folder of anyquant's")
+        if not path.is_file():
+            raise CorruptFileError(f"{path.name} in {path.parent} is not a regular file")
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path.name} in {path.parent}: {error.strerror or error}") from None
+    if len(text) > _MAX_BYTES:
+        raise CorruptFileError(f"{path.name} has more than {_MAX_BYTES:,} bytes, more than any model needs")
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        check_tree(value, finite=finite)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path.name} holds a {type(value).__name__}, not a JSON object")
+    return value

@@ -1,0 +1,111 @@
+"""Bit streams: the one on-disk encoding of codes.
+
+Element i of a row occupies bits [i*b, i*b+b), least significant bit first; each row is padded to a byte
+with zeros. The NumPy functions here define the encoding; a compiled library with the same bytes may be
+plugged in with :func:`set_backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+Codes = NDArray[np.uint8]
+
+_CHUNK = 1 << 22  # elements expanded to single bits, dequantized or checked at a time
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of one packed row of ``columns`` codes of ``bits`` bits."""
+    return (columns * bits + 7) // 8
+
+
+def code_offsets(bits: np.ndarray, length: int) -> NDArray[np.int64]:
+    """Byte offsets int64 [channels + 1] of the channels of a codebook tensor, each ``length`` codes long."""
+    sizes = (length * bits.astype(np.int64) + 7) // 8
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis, each of a few million weights, that cover a tensor of this shape."""
+    if not shape:
+        yield slice(None)
+        return
+    step = max(1, _CHUNK // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def pack_numpy(values: Codes, bits: int) -> Codes:
+    """Pack uint8 codes [rows, columns], each below 2**bits, into uint8 [rows, row_bytes]."""
+    rows, columns = values.shape
+    packed = np.zeros((rows, row_bytes(columns, bits)), np.uint8)
+    if bits == 0 or columns == 0:
+        return packed
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = values[start : start + step]
+        single = np.unpackbits(part[:, :, None], axis=2, count=bits, bitorder="little")
+        packed[start : start + step] = np.packbits(single.reshape(len(part), -1), axis=1, bitorder="little")
+    return packed
+
+
+def unpack_numpy(codes: Codes, columns: int, bits: int) -> Codes:
+    """Inverse of :func:`pack_numpy`: uint8 [rows, row_bytes] to uint8 [rows, columns]."""
+    rows = codes.shape[0]
+    values = np.zeros((rows, columns), np.uint8)
+    if bits == 0 or columns == 0:
+        return values
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = codes[start : start + step]
+        single = np.unpackbits(part, axis=1, count=columns * bits, bitorder="little")
+        values[start : start + step] = np.packbits(
+            single.reshape(len(part), columns, bits), axis=2, bitorder="little"
+        ).reshape(len(part), columns)
+    return values
+
+
+_pack: Callable[[Codes, int], Codes] = pack_numpy
+_unpack: Callable[[Codes, int, int], Codes] = unpack_numpy
+
+
+def set_backend(pack: Callable[[Codes, int], Codes], unpack: Callable[[Codes, int, int], Codes]) -> None:
+    """Replace the NumPy functions by others that give the same bytes."""
+    global _pack, _unpack
+    _pack, _unpack = pack, unpack
+
+
+def pack(values: Codes, bits: int) -> Codes:
+    """Pack uint8 codes [rows, columns] of 0..8 bits into uint8 [rows, row_bytes].
+
+    Raises:
+        ValueError: bits outside 0..8, or a code that does not fit.
+    """
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits must be 0..8, not {bits}")
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"codes must be integers [rows, columns], not {values.dtype} {values.shape}")
+    # Before the cast to uint8, which would wrap.
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << bits:
+        raise ValueError(f"codes {int(values.min())}..{int(values.max())} do not fit in {bits} bits")
+    return _pack(np.ascontiguousarray(values, np.uint8), bits)
+
+
+def unpack(codes: Codes, columns: int, bits: int) -> Codes:
+    """Unpack uint8 [rows, row_bytes] into uint8 codes [rows, columns] of 0..8 bits.
+
+    Raises:
+        ValueError: bits outside 0..8, or rows of another length than ``columns`` needs.
+    """
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits must be 0..8, not {bits}")
+    codes = np.ascontiguousarray(codes, np.uint8)
+    if codes.ndim != 2 or codes.shape[1] != row_bytes(columns, bits):
+        raise ValueError(
+            f"{columns} codes of {bits} bits need rows of {row_bytes(columns, bits)} bytes, not an array {codes.shape}"
+        )
+    return _unpack(codes, columns, bits)
