@@ -1,0 +1,114 @@
+"""What is in a model, from its headers alone: for ``anyquant inspect`` and for the tables of ``plan``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from anyquant import ir
+from anyquant.checkpoint import Checkpoint
+from anyquant.errors import AnyquantError
+from anyquant.pipeline import Job, Target, chosen_matrices, feasible_bits, plan
+from anyquant.plugins import EXPORTERS, METHODS, plugins
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Architecture, tensors by dtype, matrices, ties, feasible bits of each method, verdict of each exporter."""
+    tensors = checkpoint.tensors.values()
+    matrices = chosen_matrices(checkpoint, quantize_embeddings=False)
+    numel = {info.name: _numel(info.shape) for info in tensors}
+    columns = Counter(checkpoint.tensors[name].shape[1] for name in matrices)
+    return {
+        "name": checkpoint.name,
+        "kind": checkpoint.kind,
+        "architecture": (checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")])[0],
+        "bytes": sum(info.nbytes for info in tensors),
+        "parameters": sum(numel.values()),
+        "tensors": len(checkpoint.tensors),
+        "dtypes": dict(Counter(info.dtype for info in tensors).most_common()),
+        "aliases": dict(checkpoint.aliases),
+        "matrices": len(matrices),
+        "matrix_parameters": sum(numel[name] for name in matrices),
+        "row_lengths": {str(length): count for length, count in sorted(columns.items())},
+        "feasible_bits": {name: _feasible(checkpoint, name) for name in plugins(METHODS)},
+        "exporters": {name: _verdict(checkpoint, name) for name in plugins(EXPORTERS)},
+    }
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return ir.DenseSpec(shape, "F32").numel
+
+
+def _feasible(checkpoint: Checkpoint, method: str) -> Any:
+    """[fewest, most] bits per weight, or why the method cannot be used."""
+    try:
+        return list(feasible_bits(checkpoint, Job(method, Target(bits=1.0))))
+    except AnyquantError as error:
+        return str(error)
+
+
+def _verdict(checkpoint: Checkpoint, exporter: str) -> str:
+    """ "yes", or why the exporter does not take a model of this source."""
+    try:
+        smallest, _ = feasible_bits(checkpoint, Job("block", Target(bits=1.0)))
+        planned = plan(checkpoint, Job("block", Target(bits=smallest)))
+        export = check_export(planned.model, exporter)
+    except AnyquantError as error:
+        return f"no: {error}"
+    return "yes" if not export["refusals"] else f"no: {export['refusals'][0]}"
+
+
+def check_export(model: ir.Model, exporter: str, layout: str = "native") -> dict[str, Any]:
+    """What an exporter would write for a model or a plan: bytes, files, types, notes, refusals."""
+    from anyquant.exporters.protocol import ExportOptions
+    from anyquant.exporters.registry import get_exporter
+
+    found = get_exporter(exporter).check(model, ExportOptions(layout=layout))
+    return {
+        "bytes": found.bytes,
+        "files": found.files,
+        "types": dict(Counter(found.types.values()).most_common()),
+        "notes": list(found.notes),
+        "refusals": [f"{r.tensor}: {r.reason} ({r.remedy})" for r in found.refusals],
+        "temporary_disk": found.temporary_disk,
+        "peak_memory": found.peak_memory,
+    }
+
+
+def inspect_ir(model: ir.Model) -> dict[str, Any]:
+    """What an IR folder holds, from its headers."""
+    kinds = Counter(form_name(entry.spec) for entry in model.entries.values())
+    return {
+        "name": model.path.name if model.path else "",
+        "kind": "anyquant",
+        "method": model.method,
+        "settings": model.settings,
+        "source": model.source,
+        "bytes": sum(ir.file_sizes(model).values()),
+        "parameters": sum(entry.spec.numel for entry in model.entries.values()),
+        "tensors": len(model.entries),
+        "forms": dict(kinds.most_common()),
+        "aliases": model.aliases,
+        "bits_per_weight": model.bits_per_weight,
+        "quantized_bits": model.quantized_bits,
+        "exporters": {name: _ir_verdict(model, name) for name in plugins(EXPORTERS)},
+    }
+
+
+def _ir_verdict(model: ir.Model, exporter: str) -> str:
+    try:
+        export = check_export(model, exporter)
+    except AnyquantError as error:
+        return f"no: {error}"
+    return "yes" if not export["refusals"] else f"no: {export['refusals'][0]}"
+
+
+def form_name(spec: ir.Spec) -> str:
+    """The short name of a form: bfp4/32, Q8_0, F32, codebook."""
+    if isinstance(spec, ir.BlockSpec):
+        return f"{spec.format}{spec.width}/{spec.block}"
+    if isinstance(spec, ir.GGMLSpec):
+        return spec.type
+    if isinstance(spec, ir.DenseSpec):
+        return spec.dtype
+    return spec.kind

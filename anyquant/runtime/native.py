@@ -1,0 +1,164 @@
+"""The compiled library: found, checked and called through ctypes.
+
+``libanyquant_core`` (kernels/core) is optional. Everything that it does exists in NumPy too, with the same bytes;
+where it is missing, :func:`available` is false and :func:`why_not` says why. ``ANYQUANT_NATIVE=0`` switches it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import anyquant
+from anyquant.errors import MachineError
+from anyquant.ir import packing
+
+LIBRARY = "libanyquant_core.so"
+ABI_VERSION = 1
+"""AQ_ABI_VERSION of the header that this module was written for."""
+
+_STATUS = {
+    -1: "a bad argument",
+    -2: "a buffer of the wrong length",
+    -3: "a code that does not fit into its bits",
+}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Load the library once: (library, "") or (None, why there is none)."""
+    if os.environ.get("ANYQUANT_NATIVE", "1") == "0":
+        return None, "switched off by ANYQUANT_NATIVE=0"
+    # In an editable install the package has two folders, of sources and of what was compiled.
+    candidates = [Path(folder) / "_lib" / LIBRARY for folder in anyquant.__path__]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        return None, (
+            f"{LIBRARY} was not built: the install found no C++ compiler or CMake. "
+            "Install both and install anyquant again; until then NumPy does the work"
+        )
+    return _open(path)
+
+
+def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Open one library file, check its version and declare its functions."""
+    try:
+        library = ctypes.CDLL(str(path))
+        library.aq_abi_version.restype = ctypes.c_int
+        library.aq_abi_version.argtypes = []
+        version = library.aq_abi_version()
+        if version != ABI_VERSION:
+            return None, f"{path} has interface version {version}, this anyquant needs {ABI_VERSION}: install it again"
+        for function in (library.aq_pack_bits, library.aq_unpack_bits):
+            function.restype = ctypes.c_int
+            function.argtypes = [
+                ctypes.c_void_p,  # from
+                ctypes.c_size_t,
+                ctypes.c_size_t,  # rows
+                ctypes.c_size_t,  # columns
+                ctypes.c_int,  # bits
+                ctypes.c_void_p,  # to
+                ctypes.c_size_t,
+            ]
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be used: {error}"
+    return library, ""
+
+
+def available() -> bool:
+    """Whether the compiled library can be used."""
+    return _load()[0] is not None
+
+
+def why_not() -> str:
+    """Why the library cannot be used, in one sentence; empty if it can."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """Return the loaded library.
+
+    Raises:
+        MachineError: there is none, or it does not fit.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise MachineError(f"the compiled library is not available: {reason}")
+    return loaded
+
+
+def pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack codes into bit streams, least significant bit first, each row padded to a byte with zeros.
+
+    Args:
+        values: uint8 [rows, columns], each below 2**bits.
+        bits: 0..8.
+
+    Returns:
+        uint8 [rows, (columns * bits + 7) // 8].
+
+    Raises:
+        ValueError: another shape or dtype, bits outside 0..8, or a code that does not fit.
+        MachineError: the library is not available.
+    """
+    rows, columns = _shape(values, bits)
+    codes = np.empty((rows, packing.row_bytes(columns, bits)), np.uint8)
+    _call("aq_pack_bits", np.ascontiguousarray(values), rows, columns, bits, codes)
+    return codes
+
+
+def unpack_bits(codes: NDArray[np.uint8], columns: int, bits: int) -> NDArray[np.uint8]:
+    """Inverse of :func:`pack_bits`; padding bits are ignored.
+
+    Args:
+        codes: uint8 [rows, (columns * bits + 7) // 8].
+        columns: codes in a row.
+        bits: 0..8.
+
+    Returns:
+        uint8 [rows, columns].
+
+    Raises:
+        ValueError: another shape or dtype, or bits outside 0..8.
+        MachineError: the library is not available.
+    """
+    rows, row_bytes = _shape(codes, bits)
+    if columns < 0 or row_bytes != packing.row_bytes(columns, bits):
+        raise ValueError(
+            f"{columns} codes of {bits} bits need rows of {packing.row_bytes(columns, bits)} bytes, not {row_bytes}"
+        )
+    values = np.empty((rows, columns), np.uint8)
+    _call("aq_unpack_bits", np.ascontiguousarray(codes), rows, columns, bits, values)
+    return values
+
+
+def install() -> bool:
+    """Let ``anyquant.ir.packing`` use the compiled functions, if there are any; return whether it does now."""
+    if not available():
+        return False
+    packing.set_backend(pack_bits, unpack_bits)
+    return True
+
+
+def _shape(array: NDArray[np.uint8], bits: int) -> tuple[int, int]:
+    """Check what a pointer cannot tell, and return the two dimensions."""
+    if not 0 <= bits <= 8:
+        raise ValueError(f"bits must be 0..8, not {bits}")
+    if array.dtype != np.uint8 or array.ndim != 2:
+        raise ValueError(f"expected uint8 [rows, columns], not {array.dtype} of shape {list(array.shape)}")
+    return array.shape[0], array.shape[1]
+
+
+def _call(name: str, source: NDArray[np.uint8], rows: int, columns: int, bits: int, target: NDArray[np.uint8]) -> None:
+    """Call one of the two functions, both arrays in C order, and turn its status into an exception."""
+    status = getattr(library(), name)(
+        source.ctypes.data, source.size, rows, columns, bits, target.ctypes.data, target.size
+    )
+    if status:
+        meaning = _STATUS.get(status, f"status {status}")
+        raise ValueError(f"{name} refused {rows} rows of {columns} codes of {bits} bits: {meaning}")

@@ -1,0 +1,114 @@
+"""What ``plan``, ``quantize`` and ``export`` tell: data for programs, text for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from anyquant.console import mebibytes, table
+from anyquant.errors import AnyquantError
+from anyquant.exporters.protocol import ExportPlan
+from anyquant.inspection import check_export, form_name
+from anyquant.pipeline import Plan
+from anyquant.plugins import EXPORTERS, plugins
+
+
+def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
+    """All that a plan knows, as JSON."""
+    model = planned.model
+    data: dict[str, Any] = {
+        "model": planned.checkpoint.name,
+        "method": model.method,
+        "settings": model.settings,
+        "feasible": list(planned.feasible),
+        "bits": model.quantized_bits,
+        "bits_per_weight": model.bits_per_weight,
+        "forms": dict(sorted(Counter(form_name(e.spec) for e in model.entries.values()).items())),
+        "measured": planned.measured,
+        "files": planned.files,
+        "bytes": sum(planned.files.values()),
+        "source_bytes": sum(info.nbytes for info in planned.checkpoint.tensors.values()),
+        "peak_memory": planned.peak_memory,
+        "tensors": {
+            name: {"form": form_name(e.spec), "bytes": e.spec.nbytes, "bits_per_weight": e.spec.bits_per_weight}
+            for name, e in model.entries.items()
+        },
+    }
+    if exports:
+        data["exports"] = {name: _export(planned, name) for name in plugins(EXPORTERS)}
+    return data
+
+
+def _export(planned: Plan, exporter: str) -> dict[str, Any]:
+    try:
+        return check_export(planned.model, exporter)
+    except AnyquantError as error:
+        return {"error": str(error)}
+
+
+def _bits_line(data: dict[str, Any]) -> str:
+    return (
+        f"{data['method']}: {data['bits']:.4f} bits per weight of the quantized matrices, "
+        f"{data['bits_per_weight']:.4f} of the model"
+    )
+
+
+def plan_text(data: dict[str, Any]) -> str:
+    """The plan as a table of 80 columns."""
+    rows = [("source", f"{data['source_bytes']:,}", mebibytes(data["source_bytes"]), "")]
+    rows.append(("ir", f"{data['bytes']:,}", mebibytes(data["bytes"]), ""))
+    remarks = []
+    for name, export in data["exports"].items():
+        if "error" in export:
+            rows.append((name, "-", "-", "no"))
+            remarks.append(f"{name}: {export['error']}")
+            continue
+        verdict = f"{len(export['refusals'])} tensors refused" if export["refusals"] else ""
+        rows.append((name, f"{export['bytes']:,}", mebibytes(export["bytes"]), verdict))
+        remarks += [f"{name}: {text}" for text in (*export["refusals"][:2], *export["notes"])]
+    forms = ", ".join(f"{count} x {form}" for form, count in data["forms"].items())
+    unit = "bits" if data["settings"]["target"].get("bits") else "bytes"
+    low, high = data["feasible"]
+    return "\n".join(
+        [
+            _bits_line(data),
+            f"feasible: {low:,.4f} to {high:,.4f} {unit}"
+            if unit == "bits"
+            else f"feasible: {low:,} to {high:,} {unit}",
+            f"tensors: {forms}",
+            f"memory: about {mebibytes(data['peak_memory'])}",
+            "",
+            table(("file", "bytes", "", ""), rows),
+            *remarks,
+        ]
+    )
+
+
+def quantized_text(data: dict[str, Any]) -> str:
+    """What was written, and what to do with it."""
+    return "\n".join(
+        [
+            _bits_line(data),
+            f"relative squared error of the matrices: {data['error']:.3e}",
+            f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])}), tokenizer not counted",
+            f"next: anyquant export gguf {data['output']} -o {data['output']}.gguf",
+        ]
+    )
+
+
+def export_data(done: ExportPlan) -> dict[str, Any]:
+    """What an export wrote, as JSON."""
+    return {
+        "layout": done.layout,
+        "bytes": done.bytes,
+        "files": done.files,
+        "types": dict(Counter(done.types.values()).most_common()),
+        "notes": list(done.notes),
+    }
+
+
+def export_text(data: dict[str, Any]) -> str:
+    """What an export wrote, for people."""
+    types = ", ".join(f"{count} x {kind}" for kind, count in data["types"].items())
+    lines = [f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])})", f"tensors: {types}"]
+    return "\n".join([*lines, *data["notes"]])
