@@ -4,10 +4,11 @@ Source: Zhang et al., "Revisiting Block-based Quantisation: What is Important fo
 Inference?" (arXiv 2310.05079), section 3. Data-free: neither text nor gradients are needed. With w bits,
 one of them the sign, a block with exponent e holds +-k * 2**(e - w + 1), k = 0 .. 2**(w-1) - 1.
 
-The paper takes e = ceil(log2 max |x|), so that nothing is clipped (``exponent="ceiling"``). A block whose largest
-value lies just above a power of two is better off with e - 1: the steps are half as wide and only the
-largest values are clipped. The default, ``exponent="least-error"``, takes whichever of the two leaves the smaller
-squared error, at the same size.
+The paper takes e = ceil(log2 max |x|) (``exponent="ceiling"``). A block whose largest value lies just above a power
+of two is better off with e - 1: the steps are half as wide and only the largest values are clipped. One whose
+largest value lies at the power of two is clipped by the paper's rule, which costs much at few bits, and may be better
+off with e + 1. The default, ``exponent="least-error"``, takes whichever of the three leaves the smallest squared
+error, at the same size.
 """
 
 from __future__ import annotations
@@ -106,12 +107,12 @@ def _quantize_blocks(
     exponent = np.clip(exponent - (mantissa == 0.5), -127, 127)
     k, error = _round(magnitude, exponent, spec.width)
     if settings["exponent"] == "least-error":
-        lower = np.maximum(exponent - 1, -127)
-        clipped_k, clipped_error = _round(magnitude, lower, spec.width)
-        better = clipped_error < error
-        exponent = np.where(better, lower, exponent)
-        error = np.where(better, clipped_error, error)
-        k = np.where(better[:, :, None], clipped_k, k)
+        for other in (np.maximum(exponent - 1, -127), np.minimum(exponent + 1, 127)):
+            other_k, other_error = _round(magnitude, other, spec.width)
+            better = other_error < error
+            exponent = np.where(better, other, exponent)
+            error = np.where(better, other_error, error)
+            k = np.where(better[:, :, None], other_k, k)
 
     exponent = np.where(k.any(axis=2), exponent, ZERO_BLOCK)
     sign = (blocks < 0) & (k > 0)  # a negative zero would be a second code for one value

@@ -1,0 +1,5 @@
+"""``python -m anyquant``: the command line."""
+
+from anyquant.cli import main
+
+main()

@@ -1,0 +1,229 @@
+"""Fixtures that all tests share: the real model and text, and tiny random checkpoints of every family."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Before anything imports torch or huggingface_hub: no test may reach the network, and tests run beside each other.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# The time of an example says something about the machine, not about the code.
+settings.register_profile("anyquant", deadline=None)
+settings.load_profile("anyquant")
+
+
+def _load_tool(name: str) -> ModuleType:
+    """Import a script of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"anyquant_tools_{name}", REPOSITORY / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+fetch = _load_tool("fetch")
+
+
+def _real(key: str) -> Path:
+    """Path of a fetched file; without it the test is skipped, in CI it fails."""
+    path: Path | None = fetch.find(key)
+    if path is not None:
+        return path
+    reason = f"{fetch.MATERIALS[key].name} is not in {fetch.folder()}: run python tools/fetch.py"
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a stock GGUF file: Q4_1 matrices, a Q8_0 embedding that is also the head."""
+    return _real("gguf")
+
+
+@pytest.fixture(scope="session")
+def real_text() -> Path:
+    """Three hundred news articles of 2000 and 2001, one on a line, 360 kB."""
+    return _real("text")
+
+
+@pytest.fixture(scope="session")
+def real_wiki() -> Path:
+    """Part of a Wikipedia dump, XML packed by bzip2, 1.7 MB."""
+    return _real("wiki")
+
+
+TRAINING_TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not care.",
+    "A model of language tells how likely the next word is; a small one is often wrong.",
+    "Numbers such as 0, 1, 23, 456 and 7890 are written with digits, names with Capital Letters.",
+    "He said: what is the time? She said: the time is now! (And then they went home.)",
+    "for i in range(10): print(i * i + 1)  # a line of code, with brackets [x] and {y}",
+]
+VOCABULARY = 389  # odd, so that nothing relies on a vocabulary that is a multiple of a block
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Write a small tokenizer that loses no text: BPE over sentence pieces that falls back to bytes, as Llama 2's.
+
+    llama.cpp's converter takes this kind from any vocabulary; byte-level BPE only from those it has a hash of.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fixed = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(fixed), show_progress=False, max_token_length=4)
+    learner.train_from_iterator((word for text in TRAINING_TEXT for word in text.split()), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    vocabulary = {piece: index for index, piece in enumerate([*fixed, *learned["vocab"]])}
+    assert len(vocabulary) == VOCABULARY
+
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in fixed[:3]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 256,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _config(family: str, hidden: int, tied: bool, overrides: dict[str, Any]) -> Any:
+    """Return the configuration of a tiny model: 2 layers, 4 heads (2 for keys), an MLP of 1.5 times the width."""
+    from transformers import AutoConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "tie_word_embeddings": tied,
+        # Weights of a size at which logits differ by more than rounding.
+        "initializer_range": 0.125,
+    }
+    if family == "gpt2":
+        shape = {"n_embd": hidden, "n_layer": 2, "n_head": 4, "n_inner": hidden * 3 // 2, "n_positions": 256}
+    else:
+        shape = {
+            "hidden_size": hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": hidden * 3 // 2,
+            "max_position_embeddings": 256,
+        }
+    if family in ("qwen3", "gemma2"):
+        shape["head_dim"] = hidden // 4
+    if family == "gemma2":
+        # A window shorter than the texts of the tests, so that it matters.
+        shape |= {"query_pre_attn_scalar": hidden // 4, "sliding_window": 16}
+    if family == "phi3":
+        common["pad_token_id"] = 0  # its default lies outside this vocabulary
+    return AutoConfig.for_model(family, **{**common, **shape, **overrides})
+
+
+def _write_checkpoint(
+    folder: Path, family: str, *, hidden: int, tied: bool, dtype: str, seed: int, overrides: dict[str, Any]
+) -> None:
+    """Write a random model of a family as a Hugging Face folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = _config(family, hidden, tied, overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms and biases start as ones and zeros, which hide mistakes
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(getattr(torch, dtype))
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, max_new_tokens=16)
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Function that gives a tiny random checkpoint folder; equal calls give the same folder, so do not write there.
+
+    tiny_checkpoint(family="llama", *, hidden=64, tied=True, dtype="float32", seed=0, **configuration)
+
+    Families: llama, mistral, qwen2, qwen3, gemma2, phi3, gpt2, and whatever else AutoConfig.for_model knows.
+    The MLP of 1.5 times the hidden size (96) is a multiple of 32 but not of 64.
+    """
+    made: dict[str, Path] = {}
+
+    def make(
+        family: str = "llama",
+        *,
+        hidden: int = 64,
+        tied: bool = True,
+        dtype: str = "float32",
+        seed: int = 0,
+        **configuration: Any,
+    ) -> Path:
+        key = json.dumps([family, hidden, tied, dtype, seed, configuration], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{family}")
+            _write_checkpoint(folder, family, hidden=hidden, tied=tied, dtype=dtype, seed=seed, overrides=configuration)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_checkpoint: Callable[..., Path]) -> Path:
+    """A tiny random LlamaForCausalLM folder: hidden 64, MLP 96, 2 layers, vocabulary 389, tied, FP32."""
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_ir(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 quantized to BFP4 with blocks of 32: the IR folder of ``anyquant quantize --bits 4.25``."""
+    from anyquant.checkpoint import open_checkpoint
+    from anyquant.pipeline import Job, Target, plan, run
+
+    folder = tmp_path_factory.mktemp("real") / "ir"
+    run(plan(open_checkpoint(str(real_gguf)), Job("block", Target(bits=4.25), workers=2)), folder)
+    return folder

