@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,6 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest: Any) -> Any:
-    import os
-
     from anyquant.pipeline import Job, Target
 
     options: dict[str, Any] = {}
@@ -259,13 +259,16 @@ def validate(out: Output, folder: Path, prompt: str | None, **options: Any) -> N
     from anyquant.runtime import native
     from anyquant.validation import ValidationSettings, format_table
     from anyquant.validation import validate as prove
+    from anyquant.validation.report import to_json
 
     native.install()
     if prompt is not None:
         options["prompt"] = prompt
     with out.progress("validating") as progress:
         report = prove(ValidationSettings(model=folder, **options), progress)
-    out.result(report.to_json(), lambda: format_table(report))
+    out.result(
+        to_json(report), lambda: format_table(report, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    )
     report.require()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from anyquant.errors import AnyquantError, InputError, MachineError, UsageError
+from anyquant.errors import AnyquantError, InputError, MachineError, UsageError, ValidationFailed
 
 Progress = Callable[[str, int, int], None]
 
@@ -122,9 +122,9 @@ def run(cli: click.Command) -> None:
     """Run the command line and exit: every outcome has its code (see :mod:`anyquant.errors`)."""
     as_json = "--json" in sys.argv[1:]
 
-    def fail(message: str, code: int) -> None:
+    def fail(message: str, code: int, *, document: bool = True) -> None:
         click.echo(f"anyquant: {message}", err=True)
-        if as_json:
+        if as_json and document:
             click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
         sys.exit(code)
 
@@ -143,6 +143,8 @@ def run(cli: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         again = shlex.join(["anyquant", *sys.argv[1:]])
         fail(f"interrupted; nothing unfinished was left. To do it again: {again}", 130)
+    except ValidationFailed as error:
+        fail(str(error), error.exit_code, document=False)  # the report is the document
     except AnyquantError as error:
         fail(str(error), error.exit_code)
     except MemoryError:

@@ -197,4 +197,4 @@ class GGUFCheckpoint(BaseCheckpoint):
         generation = {key: value for key, value in generation.items() if value is not None}
         for file, content in (("config.json", self.config), ("generation_config.json", generation)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        write_tokenizer(self._file, self._arch, folder)
+        write_tokenizer(folder, SOURCE_HEADER, self.name)

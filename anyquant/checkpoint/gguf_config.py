@@ -109,17 +109,16 @@ def _special_tokens(file: GGUFFile) -> dict[str, int | None]:
 
 
 def _gpt2(keys: _Keys) -> dict[str, Any]:
-    embd = keys.integer("embedding_length")
-    config = {
+    return {
         "n_ctx": keys.integer("context_length"),
         "n_positions": keys.rows("position_embd.weight"),
-        "n_embd": embd,
+        "n_embd": keys.integer("embedding_length"),
         "n_layer": keys.integer("block_count"),
         "n_head": keys.integer("attention.head_count"),
-        "n_inner": keys.integer("feed_forward_length", 4 * embd),
+        # llama.cpp's converter writes 4 n_embd as feed_forward_length whatever the model has.
+        "n_inner": keys.rows("blk.0.ffn_up.weight"),
         "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
     }
-    return config
 
 
 def _rotary(keys: _Keys) -> dict[str, Any]:
@@ -153,17 +152,22 @@ def _rotary(keys: _Keys) -> dict[str, Any]:
     if arch == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if arch == "gemma":
-        config["hidden_activation"] = "gelu_pytorch_tanh"
+        config["hidden_act"] = "gelu_pytorch_tanh"
     if arch == "gemma2":
         config |= _gemma2(keys, config)
     if arch == "phi3":
         window = file.get("phi3.attention.sliding_window", int, 0)
         config["sliding_window"] = window or None  # 0 stands for none
-        config["partial_rotary_factor"] = rotated / head_dim
+        if rotated != head_dim:
+            config["partial_rotary_factor"] = rotated / head_dim
         config["original_max_position_embeddings"] = keys.integer(
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         )
-    scaling = llama3_scaling(file, config["rope_theta"], head_dim) or longrope(file, arch) or linear_or_yarn(file, arch)
+    scaling = (
+        llama3_scaling(file, config["rope_theta"], head_dim)
+        or longrope(file, arch, config)
+        or linear_or_yarn(file, arch)
+    )
     if scaling:
         config["rope_scaling"] = scaling
     return config
@@ -187,10 +191,12 @@ def _head_dim(keys: _Keys, config: dict[str, Any]) -> int:
     """Return the dimension of a head, as the projections' shapes say, checked against the metadata."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     fused = keys.arch == "phi3"
-    rows, parts = (keys.rows("blk.0.attn_qkv.weight"), heads + 2 * kv_heads) if fused else (
-        keys.rows("blk.0.attn_q.weight"), heads
+    rows, parts = (
+        (keys.rows("blk.0.attn_qkv.weight"), heads + 2 * kv_heads)
+        if fused
+        else (keys.rows("blk.0.attn_q.weight"), heads)
     )
-    head_dim = rows // parts
+    head_dim: int = rows // parts
     said = keys.integer("attention.key_length", head_dim)
     values = keys.integer("attention.value_length", head_dim)
     if rows % parts or head_dim % 2 or said != head_dim or values != head_dim:

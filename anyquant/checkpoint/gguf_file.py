@@ -62,7 +62,7 @@ class _Cursor:
     """Reads the header front to back and never beyond the end of the file."""
 
     def __init__(self, data: np.ndarray, file: str) -> None:
-        self.data, self.file, self.at = memoryview(data), file, 0
+        self.data, self.file, self.at = memoryview(data.data), file, 0
 
     def skip(self, count: int, what: str) -> int:
         """Step over bytes and return where they began."""
@@ -167,7 +167,7 @@ class GGUFFile:
         return count
 
     def _alignment(self) -> int:
-        value = self.get("general.alignment", int, 32)
+        value: int = self.get("general.alignment", int, 32)
         if value < 8 or value > 1 << 20 or value & (value - 1):
             raise CorruptFileError(f"{self.path.name}: general.alignment {value} is not a power of two. {_AGAIN}")
         return value
@@ -177,7 +177,9 @@ class GGUFFile:
         name = cursor.text("a tensor's name")
         count = cursor.unpack("I", f"the dimensions of {name}")
         if not 1 <= count <= _MAX_DIMS:
-            raise CorruptFileError(f"{cursor.file}: {name} has {count} dimensions, 1 to {_MAX_DIMS} are possible. {_AGAIN}")
+            raise CorruptFileError(
+                f"{cursor.file}: {name} has {count} dimensions, 1 to {_MAX_DIMS} are possible. {_AGAIN}"
+            )
         dims = [cursor.unpack("Q", f"the shape of {name}") for _ in range(count)]
         kind, offset = cursor.unpack("I", f"the type of {name}"), cursor.unpack("Q", f"the offset of {name}")
         if kind not in types:
@@ -188,7 +190,8 @@ class GGUFFile:
         type_name, block, block_bytes = types[kind]
         if 0 in dims or dims[0] % block:
             raise CorruptFileError(
-                f"{cursor.file}: {name} has the shape {dims[::-1]}, but {type_name} rows are blocks of {block}. {_AGAIN}"
+                f"{cursor.file}: {name} has the shape {dims[::-1]}, but {type_name} is stored in blocks of {block}. "
+                f"{_AGAIN}"
             )
         nbytes = prod(dims) // block * block_bytes
         return name, GGUFTensor(type_name, tuple(dims[::-1]), offset, nbytes, block, block_bytes)
@@ -202,7 +205,9 @@ class GGUFFile:
             if name in tensors:
                 raise CorruptFileError(f"{file}: the tensor {name} appears twice. {_AGAIN}")
             if t.offset % self.alignment:
-                raise CorruptFileError(f"{file}: {name} begins at {t.offset}, not a multiple of {self.alignment}. {_AGAIN}")
+                raise CorruptFileError(
+                    f"{file}: {name} begins at {t.offset}, not a multiple of {self.alignment}. {_AGAIN}"
+                )
             if end > size:
                 raise CorruptFileError(
                     f"{file}: truncated or damaged: {name} ({t.type} {list(t.shape)}) ends at byte {end}, the file "

@@ -57,8 +57,17 @@ def llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any
     return scaling
 
 
-def longrope(file: GGUFFile, arch: str) -> dict[str, Any] | None:
-    """Return Phi-3's ``rope_scaling`` from the tensors rope_factors_long and _short, if they are there."""
+def longrope(file: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return Phi-3's ``rope_scaling`` from the tensors rope_factors_long and _short, if they are there.
+
+    Args:
+        file: the file.
+        arch: its architecture.
+        config: holds max_position_embeddings and, for phi3, original_max_position_embeddings.
+
+    Raises:
+        CorruptFileError: one of the two is missing, or it is no phi3 model.
+    """
     long, short = _factors(file, "rope_factors_long.weight"), _factors(file, "rope_factors_short.weight")
     if long is None and short is None:
         return None
@@ -70,7 +79,10 @@ def longrope(file: GGUFFile, arch: str) -> dict[str, Any] | None:
         "short_factor": [float(str(np.float32(f))) for f in short],
     }
     attention = file.get(f"{arch}.rope.scaling.attn_factor", float)
-    if attention is not None:
+    original = config["original_max_position_embeddings"]
+    stretch = config["max_position_embeddings"] / original
+    usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 and original > 1 else 1.0
+    if attention is not None and not math.isclose(attention, usual, rel_tol=1e-6):
         scaling["attention_factor"] = float(str(np.float32(attention)))
     return scaling
 

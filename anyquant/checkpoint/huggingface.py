@@ -219,8 +219,8 @@ def _open_shards(folder: Path, name: str) -> list[SafetensorsFile]:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
             raise InputError(
-                f"{name}: has only pickled weights ({pickled[0]}), which can run code when they are read. Convert them: "
-                "load the model with transformers and save_pretrained(folder), which writes safetensors."
+                f"{name}: has only pickled weights ({pickled[0]}), which can run code when they are read. "
+                "Convert them: load the model with transformers and save_pretrained(folder), which writes safetensors."
             )
         raise InputError(f"{name}: there is no .safetensors file in this folder. Give a model's folder.")
     if len(paths) > 1:
@@ -234,9 +234,7 @@ def _open_shards(folder: Path, name: str) -> list[SafetensorsFile]:
 def _open_index(folder: Path, index: Path) -> list[SafetensorsFile]:
     """Open the shards that an index lists and check that each holds just what the index says."""
     weight_map = _read_json(index).get("weight_map")
-    if not (
-        isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())
-    ):
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
         raise CorruptFileError(f"{index.name}: has no weight_map from tensor names to file names.")
     shards = []
     for file in sorted(set(weight_map.values())):

@@ -16,23 +16,17 @@ _POSITION = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings|posi
 _ROUTER = re.compile(r"\.(?:gate|router|gate_inp|shared_expert_gate|router\.(?:layer|classifier))\.weight$")
 _NORM = re.compile(r"(?:norm|layernorm|ln_\w+|ln)\.weight$")
 _OTHER_HEADS = re.compile(r"(?:^|\.)(?:score|classifier|value_head|v_head)\.")
-_BUFFER = re.compile(
-    r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.\w+|position_ids|inv_freq)$"
-)
+_BUFFER = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.\w+|position_ids|inv_freq)$")
 
 # Order of modules as in the state_dict of the common families; what is not listed follows, in natural order.
-_ORDER = {
-    name: rank
-    for rank, name in enumerate(
-        "wte word_embeddings embed_tokens embed_in wpe embed_positions "
-        "ln_1 self_attn attn attention "
-        "q_proj k_proj v_proj o_proj qkv_proj q_norm k_norm c_attn c_proj_attn "
-        "ln_2 block_sparse_moe mlp feed_forward "
-        "gate experts gate_proj up_proj gate_up_proj down_proj c_fc c_proj "
-        "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm "
-        "weight bias".split()
-    )
-}
+_MODULES = """
+wte word_embeddings embed_tokens embed_in wpe embed_positions
+ln_1 self_attn attn attention q_proj k_proj v_proj o_proj qkv_proj q_norm k_norm c_attn
+ln_2 block_sparse_moe mlp feed_forward gate experts gate_proj up_proj gate_up_proj down_proj c_fc c_proj
+input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm
+weight bias
+"""
+_ORDER = {name: rank for rank, name in enumerate(_MODULES.split())}
 _UNLISTED = len(_ORDER)
 
 Key = tuple[object, ...]

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -110,14 +110,15 @@ def _parse(file: str, header: bytes, start: int, size: int) -> dict[str, StoredT
     return tensors
 
 
-def _entry(file: str, name: str, entry: object, start: int) -> StoredTensor:
-    def integers(value: object) -> bool:
-        return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+def _integers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
+
+def _entry(file: str, name: str, entry: object, start: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise CorruptFileError(f"{file}: the entry of {name!r} is not an object. {_AGAIN}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not (isinstance(dtype, str) and integers(shape) and integers(offsets) and len(offsets) == 2):
+    if not (isinstance(dtype, str) and _integers(shape) and _integers(offsets) and len(offsets) == 2):
         raise CorruptFileError(f"{file}: the entry of {name!r} lacks a proper dtype, shape or data_offsets. {_AGAIN}")
     begin, end = offsets
     if dtype in DENSE_DTYPES:

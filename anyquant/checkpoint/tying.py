@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 # The defaults of transformers' config classes, for the families that are met most.
-_TIED = frozenset(
-    "bloom cohere cohere2 falcon gemma gemma2 gemma3 gemma3_text gpt2 gpt_bigcode gpt_neo mamba mpt openai-gpt opt "
-    "smollm3 starcoder2".split()
-)
-_UNTIED = frozenset(
-    "gpt_neox gpt_oss gptj granite llama llama4_text mistral mixtral olmo olmo2 phi phi3 phimoe qwen2 qwen2_moe qwen3 "
-    "qwen3_moe stablelm".split()
-)
+_TIES = """
+bloom cohere cohere2 falcon gemma gemma2 gemma3 gemma3_text gpt2 gpt_bigcode gpt_neo mamba mpt openai-gpt opt
+smollm3 starcoder2
+"""
+_TIES_NOT = """
+gpt_neox gpt_oss gptj granite llama llama4_text mistral mixtral olmo olmo2 phi phi3 phimoe qwen2 qwen2_moe qwen3
+qwen3_moe stablelm
+"""
+_TIED, _UNTIED = frozenset(_TIES.split()), frozenset(_TIES_NOT.split())
 
 
 def ties_by_default(model_type: str) -> bool:

@@ -205,7 +205,13 @@ def open_ir(path: str | Path) -> Model:
         InputError: not a folder of anyquant's, or a file of it is missing.
         CorruptFileError: a file is truncated, edited or contradicts another.
     """
-    path = Path(path)
+    try:
+        return _open(Path(path))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> Model:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder. An IR folder is what 'anyquant quantize MODEL -o {path}' writes.")
     manifest = parse_manifest(read_json(path / MANIFEST, finite=True))

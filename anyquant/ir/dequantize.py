@@ -113,38 +113,34 @@ def _codebook(tensor: Tensor, spec: CodebookSpec, chosen: range) -> Floats:
     return values
 
 
-def _tables(tensor: Tensor) -> tuple[Floats, NDArray[np.int64]]:
-    """All codebooks one after another in FP32, and where each begins, int64 [channels + 1]."""
-    sizes = 1 << tensor.arrays[".bits"].astype(np.int64)
-    return tensor.arrays[".codebook"].astype(np.float32), np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-
-
-def _entries_by_row(tensor: Tensor, spec: CodebookSpec, chosen: range) -> Floats:
+def _entries(tensor: Tensor, spec: CodebookSpec, channels: NDArray[np.int64], first: int, length: int) -> Floats:
+    """Codebook entries [channels, length] that codes first..first+length-1 stand for; ``first`` is a multiple of 8."""
     bits, stream = tensor.arrays[".bits"], tensor.arrays[".codes"]
-    columns = spec.shape[1]
-    offsets = code_offsets(bits, columns)
-    codebook, starts = _tables(tensor)
-    values = np.empty((len(chosen), columns), np.float32)
-    for row, channel in enumerate(chosen):
-        codes = unpack(stream[None, offsets[channel] : offsets[channel + 1]], columns, int(bits[channel]))
-        values[row] = codebook[starts[channel] : starts[channel + 1]][codes[0]]
+    codebook = tensor.arrays[".codebook"].astype(np.float32)
+    offsets = code_offsets(bits, spec.shape[1 - spec.axis])
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(1 << bits.astype(np.int64))])
+    values = np.empty((len(channels), length), np.float32)
+    for width in np.unique(bits[channels]).tolist():  # channels of one width are unpacked together
+        which = np.flatnonzero(bits[channels] == width)
+        chosen = channels[which]
+        begin = offsets[chosen] + first * width // 8
+        codes = unpack(stream[begin[:, None] + np.arange(row_bytes(length, width))], length, width)
+        values[which] = codebook[starts[chosen, None] + codes]
     return values
 
 
+def _entries_by_row(tensor: Tensor, spec: CodebookSpec, chosen: range) -> Floats:
+    return _entries(tensor, spec, np.array(chosen, np.int64), 0, spec.shape[1])
+
+
 def _entries_by_column(tensor: Tensor, spec: CodebookSpec, chosen: range) -> Floats:
-    bits, stream = tensor.arrays[".bits"], tensor.arrays[".codes"]
-    offsets = code_offsets(bits, spec.shape[0])
-    codebook, starts = _tables(tensor)
     # Every eighth code begins a byte at any width: unpack from there to the last row, not whole columns.
     first = min(chosen[0], chosen[-1]) // 8 * 8
     length = max(chosen[0], chosen[-1]) + 1 - first
-    picked = np.arange(chosen.start, chosen.stop, chosen.step) - first
-    values = np.empty((spec.channels, len(chosen)), np.float32)
-    for channel, width in enumerate(bits.tolist()):
-        start = offsets[channel] + first * width // 8
-        codes = unpack(stream[None, start : start + row_bytes(length, width)], length, width)
-        values[channel] = codebook[starts[channel] : starts[channel + 1]][codes[0, picked]]
-    return np.ascontiguousarray(values.T)
+    stop = chosen[-1] + chosen.step - first
+    picked = slice(chosen[0] - first, stop if stop >= 0 else None, chosen.step)
+    values = _entries(tensor, spec, np.arange(spec.channels), first, length)
+    return np.ascontiguousarray(values.T[picked])
 
 
 def digest(values: np.ndarray) -> str:

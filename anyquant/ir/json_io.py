@@ -63,12 +63,12 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
             raise InputError(f"{path.name} is missing in {path.parent}: not a folder of anyquant's")
         if not path.is_file():
             raise CorruptFileError(f"{path.name} in {path.parent} is not a regular file")
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise CorruptFileError(f"{path.name} has {size:,} bytes; no model needs more than {_MAX_BYTES:,}")
+        text = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path.name} in {path.parent}: {error.strerror or error}") from None
-    if len(text) > _MAX_BYTES:
-        raise CorruptFileError(f"{path.name} has more than {_MAX_BYTES:,} bytes, more than any model needs")
     try:
         value = json.loads(text, object_pairs_hook=_object)
         check_tree(value, finite=finite)

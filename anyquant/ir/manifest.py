@@ -55,7 +55,7 @@ def _error_json(name: str, entry: Entry) -> str:
     """Twelve characters whatever the error, so that the size of the file is known before the values."""
     if not entry.quantized:
         return "null"
-    error = entry.error or 0.0
+    error = float(entry.error or 0.0)
     if not 0 <= error < 9e99:
         raise AnyquantError(f"{name}: error {error!r} is not a number in 0..9e99")
     return f"{0.0 if error < 1e-99 else error:.6e}"  # a third digit of the exponent would be a thirteenth character
@@ -168,13 +168,16 @@ def parse_manifest(value: dict[str, Any]) -> Manifest:
         check_name(alias)
         if not isinstance(target, str) or target not in entries or alias in entries:
             raise CorruptFileError(f"{MANIFEST}: alias {alias!r:.80} does not name a stored tensor: {target!r:.80}")
+    method = _take(value, "method", str, "")
+    if not method or not method.isprintable():
+        raise CorruptFileError(f"{MANIFEST}: 'method' is {method!a:.80}, must be a name")
     source = _take(value, "source", dict, "")
     for key in ("kind", "name", "fingerprint"):
         if key in source:
             _take(source, key, str, "source: ")
     return Manifest(
         _take(value, "anyquant_version", str, "") if "anyquant_version" in value else "",
-        _take(value, "method", str, ""),
+        method,
         _take(value, "settings", dict, ""),
         source,
         None if value.get("calibration") is None else _take(value, "calibration", dict, ""),

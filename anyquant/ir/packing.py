@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Codes = NDArray[np.uint8]
 
-_CHUNK = 1 << 22  # elements expanded to single bits, dequantized or checked at a time
+_CHUNK = 1 << 22  # elements packed, dequantized or checked at a time
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -43,13 +43,8 @@ def pack_numpy(values: Codes, bits: int) -> Codes:
     """Pack uint8 codes [rows, columns], each below 2**bits, into uint8 [rows, row_bytes]."""
     rows, columns = values.shape
     packed = np.zeros((rows, row_bytes(columns, bits)), np.uint8)
-    if bits == 0 or columns == 0:
-        return packed
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part = values[start : start + step]
-        single = np.unpackbits(part[:, :, None], axis=2, count=bits, bitorder="little")
-        packed[start : start + step] = np.packbits(single.reshape(len(part), -1), axis=1, bitorder="little")
+    for part in row_chunks((rows, columns)) if packed.size else ():
+        packed[part] = _from_words(_join(_groups(values[part], 8), bits), bits, 8)[:, : packed.shape[1]]
     return packed
 
 
@@ -57,16 +52,40 @@ def unpack_numpy(codes: Codes, columns: int, bits: int) -> Codes:
     """Inverse of :func:`pack_numpy`: uint8 [rows, row_bytes] to uint8 [rows, columns]."""
     rows = codes.shape[0]
     values = np.zeros((rows, columns), np.uint8)
-    if bits == 0 or columns == 0:
-        return values
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part = codes[start : start + step]
-        single = np.unpackbits(part, axis=1, count=columns * bits, bitorder="little")
-        values[start : start + step] = np.packbits(
-            single.reshape(len(part), columns, bits), axis=2, bitorder="little"
-        ).reshape(len(part), columns)
+    for part in row_chunks((rows, columns)) if codes.size else ():
+        values[part] = _from_words(_join(_groups(codes[part], bits), 8), 8, bits)[:, :columns]
     return values
+
+
+# Eight codes of b bits are b bytes, and both are one 64-bit word: the codes' bits, first code lowest, and the bytes',
+# first byte lowest, are the same.
+
+
+def _groups(row_major: Codes, length: int) -> Codes:
+    """[rows, n] to [rows, ceil(n / length), length], padded with zeros."""
+    rows, columns = row_major.shape
+    groups = -(-columns // length)
+    if groups * length != columns:
+        padded = np.zeros((rows, groups * length), np.uint8)
+        padded[:, :columns] = row_major
+        row_major = padded
+    return row_major.reshape(rows, groups, length)
+
+
+def _join(fields: Codes, bits: int) -> NDArray[np.uint64]:
+    """[rows, groups, n] fields of ``bits`` bits to words [rows, groups], the first field lowest."""
+    words = np.zeros(fields.shape[:2], np.uint64)
+    for i in range(fields.shape[2]):
+        words |= fields[:, :, i].astype(np.uint64) << np.uint64(i * bits)
+    return words
+
+
+def _from_words(words: NDArray[np.uint64], count: int, bits: int) -> Codes:
+    """Words [rows, groups] to ``count`` fields of ``bits`` bits each: uint8 [rows, groups * count]."""
+    fields = np.empty((*words.shape, count), np.uint8)
+    for i in range(count):
+        fields[:, :, i] = (words >> np.uint64(i * bits)) & np.uint64((1 << bits) - 1)
+    return fields.reshape(len(words), -1)
 
 
 _pack: Callable[[Codes, int], Codes] = pack_numpy

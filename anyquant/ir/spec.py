@@ -112,11 +112,7 @@ class BlockSpec(_Spec):
     exponent_width: int = 0
 
     def __post_init__(self) -> None:
-        """Check the parameters.
-
-        Raises:
-            CorruptFileError: a parameter outside its range.
-        """
+        """Check the parameters; raises CorruptFileError for one outside its range."""
         _check_shape(self.shape, 2)
         ok = _one_of(self.format, BLOCK_FORMATS)
         _require(ok, f"block format {self.format!r:.40} is not one of {list(BLOCK_FORMATS)}")
@@ -156,11 +152,7 @@ class CodebookSpec(_Spec):
     outliers: int = 0
 
     def __post_init__(self) -> None:
-        """Check the parameters.
-
-        Raises:
-            CorruptFileError: a parameter outside its range.
-        """
+        """Check the parameters; raises CorruptFileError for one outside its range."""
         _check_shape(self.shape, 2)
         _require(_one_of(self.axis, (0, 1)), f"axis {self.axis!r:.40} is not 0 or 1")
         most = self.channels * row_bytes(self.shape[1 - self.axis], 8)
@@ -213,11 +205,7 @@ class AffineSpec(_Spec):
     block: int
 
     def __post_init__(self) -> None:
-        """Check the parameters.
-
-        Raises:
-            CorruptFileError: a parameter outside its range.
-        """
+        """Check the parameters; raises CorruptFileError for one outside its range."""
         _check_shape(self.shape, 2)
         _require(_one_of(self.bits, (2, 4, 8)), f"bits {self.bits!r:.40} is not 2, 4 or 8")
         ok = _one_of(self.block, (16, 32, 64, 128, 256))
@@ -247,11 +235,7 @@ class GGMLSpec(_Spec):
     type: str
 
     def __post_init__(self) -> None:
-        """Check the parameters.
-
-        Raises:
-            CorruptFileError: a parameter outside its range.
-        """
+        """Check the parameters; raises CorruptFileError for one outside its range."""
         _check_shape(self.shape, 2)
         ok = _one_of(self.type, tuple(GGML_TYPES))
         _require(ok, f"ggml type {self.type!r:.40} is not one of {sorted(GGML_TYPES)}")
@@ -274,11 +258,7 @@ class DenseSpec(_Spec):
     dtype: str
 
     def __post_init__(self) -> None:
-        """Check the parameters.
-
-        Raises:
-            CorruptFileError: a parameter outside its range.
-        """
+        """Check the parameters; raises CorruptFileError for one outside its range."""
         _check_shape(self.shape, None)
         ok = _one_of(self.dtype, tuple(DENSE_DTYPES))
         _require(ok, f"dtype {self.dtype!r:.40} is not one of {sorted(DENSE_DTYPES)}")

@@ -1,0 +1,127 @@
+"""Comparing two sets of logits, window by window: sums in float64, rows in chunks.
+
+All logarithms are natural: losses and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyquant.validation.results import TopDifference
+
+Floats = NDArray[np.float64]
+_CHUNK = 1 << 21
+"""Logits held in float64 at a time: 16 MiB."""
+
+
+def _chunks(logits: NDArray[np.float32]) -> list[slice]:
+    rows = max(1, _CHUNK // max(1, logits.shape[1]))
+    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
+
+
+def log_normalizers(logits: NDArray[np.float32]) -> Floats:
+    """log(sum(exp(logits))) of every row.
+
+    Args:
+        logits: [n, vocabulary] float32.
+
+    Returns:
+        [n] float64; NaN for a row that holds NaN or +Inf.
+    """
+    result = np.empty(logits.shape[0])
+    for rows in _chunks(logits):
+        values = logits[rows].astype(np.float64)
+        top = values.max(axis=1)
+        with np.errstate(invalid="ignore"):
+            result[rows] = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
+    return result
+
+
+def token_losses(logits: NDArray[np.float32], ids: NDArray[np.int64], normalizers: Floats | None = None) -> Floats:
+    """Negative log-probability of each token given those before it.
+
+    Args:
+        logits: [n, vocabulary] float32.
+        ids: [n]; the first is only context.
+        normalizers: of :func:`log_normalizers`, if at hand.
+
+    Returns:
+        [n - 1] float64, nats. Perplexity is exp of their mean.
+    """
+    if normalizers is None:
+        normalizers = log_normalizers(logits)
+    rows = np.arange(len(ids) - 1)
+    return normalizers[:-1] - logits[rows, ids[1:]].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class WindowComparison:
+    """Two sets of logits of one window.
+
+    Attributes:
+        kl: [n] float64, KL(reference || candidate) per token; NaN where the candidate is not finite.
+        differs: [n] bool, the first choices differ.
+        differences: those positions.
+        max_abs_logit: largest |difference|; NaN if any is.
+        logit_scale: largest |logit| of the reference.
+        nonfinite: candidate logits that are NaN or Inf.
+    """
+
+    kl: Floats
+    differs: NDArray[np.bool_]
+    differences: tuple[TopDifference, ...]
+    max_abs_logit: float
+    logit_scale: float
+    nonfinite: int
+
+
+def compare_logits(
+    reference: NDArray[np.float32],
+    candidate: NDArray[np.float32],
+    *,
+    window: int = 0,
+    tie_tolerance: float = 0.0,
+    reference_normalizers: Floats | None = None,
+    candidate_normalizers: Floats | None = None,
+) -> WindowComparison:
+    """Compare logits of the same tokens.
+
+    Args:
+        reference: [n, vocabulary] float32.
+        candidate: the same shape.
+        window: number of the window, for the list of differences.
+        tie_tolerance: first choices that differ are a near tie where the reference's gap between them is below.
+        reference_normalizers: of :func:`log_normalizers`, if at hand.
+        candidate_normalizers: likewise.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ValueError(f"logits of shape {reference.shape} cannot be compared with {candidate.shape}")
+    lse_p = log_normalizers(reference) if reference_normalizers is None else reference_normalizers
+    lse_q = log_normalizers(candidate) if candidate_normalizers is None else candidate_normalizers
+    kl = np.empty(reference.shape[0])
+    largest, scale, nonfinite = 0.0, 0.0, 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for rows in _chunks(reference):
+            p, q = reference[rows].astype(np.float64), candidate[rows].astype(np.float64)
+            nonfinite += int(np.count_nonzero(~np.isfinite(q)))
+            scale = float(np.maximum(scale, np.abs(p).max()))
+            # np.maximum keeps a NaN, which must never look like a small difference.
+            largest = float(np.maximum(largest, np.abs(p - q).max()))
+            p -= lse_p[rows, None]
+            q -= lse_q[rows, None]
+            # float64 rounding can leave -1e-16 where the two are equal.
+            kl[rows] = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+    top_p, top_q = reference.argmax(axis=1), candidate.argmax(axis=1)
+    differs = top_p != top_q
+    differences = []
+    for position in np.flatnonzero(differs):
+        a, b = int(top_p[position]), int(top_q[position])
+        gap = float(reference[position, a]) - float(reference[position, b])
+        differences.append(TopDifference(window, int(position), a, b, gap, gap < tie_tolerance))
+    return WindowComparison(kl, differs, tuple(differences), largest, scale, nonfinite)

@@ -1,0 +1,65 @@
+"""Writing a report: JSON for programs, HTML for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from anyquant.errors import MachineError
+from anyquant.validation.results import ValidationReport
+
+JSON_NAME, HTML_NAME = "report.json", "report.html"
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and NumPy numbers as what JSON knows; NaN and infinity become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.metadata.get("json", True)]
+        return {name: plain(getattr(value, name)) for name in fields}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def to_json(report: ValidationReport) -> dict[str, Any]:
+    """The report as one JSON object, with the gates' verdict on top."""
+    body: dict[str, Any] = plain(report)
+    return {"schema": body.pop("schema"), "passed": not report.failed, **body, "failed": plain(report.failed)}
+
+
+def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path]:
+    """Write report.json and report.html; each under a temporary name first.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    from anyquant.validation.html import to_html
+
+    contents = {
+        JSON_NAME: json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        HTML_NAME: to_html(report),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            temporary = folder / f".{name}.partial-{os.getpid()}"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(folder / name)
+    except OSError as error:
+        raise MachineError(f"cannot write the report to {folder}: {error.strerror or error}") from None
+    return folder / JSON_NAME, folder / HTML_NAME

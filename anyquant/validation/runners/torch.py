@@ -1,0 +1,139 @@
+"""PyTorch: the source, or the dequantized weights of an IR folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyquant.errors import InputError
+from anyquant.validation.runners.protocol import RunnerSpec, check_ids
+
+
+class TorchRunner:
+    """A transformers causal language model, on the CPU and in float32."""
+
+    def __init__(self, name: str, model: Any, threads: int | None = None) -> None:
+        """Wrap a model that is loaded already.
+
+        Args:
+            name: of the row in the report.
+            model: a transformers ``PreTrainedModel``.
+            threads: torch.set_num_threads, for the whole process; None leaves it.
+        """
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.name, self.runtime = name, f"PyTorch {torch.__version__}"
+        self._model = model.eval()
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+
+    def logits(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Runner."""
+        import torch
+
+        check_ids(token_ids, self._vocabulary, self.name)
+        with torch.inference_mode():
+            output = self._model(torch.from_numpy(np.array(token_ids[None], dtype=np.int64)), use_cache=False)
+        result: NDArray[np.float32] = output.logits[0].float().numpy()
+        return result
+
+    def generate(self, prompt_ids: list[int], n: int) -> list[int]:
+        """See Runner."""
+        import torch
+
+        check_ids(np.asarray(prompt_ids, dtype=np.int64), self._vocabulary, self.name)
+        step, cache, answer = torch.tensor([prompt_ids], dtype=torch.int64), None, []
+        with torch.inference_mode():
+            for _ in range(n):
+                output = self._model(step, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                answer.append(int(output.logits[0, -1].float().numpy().argmax()))
+                step = torch.tensor([[answer[-1]]], dtype=torch.int64)
+        return answer
+
+    def close(self) -> None:
+        """See Runner."""
+        self._model = None
+
+
+def open_ir_runner(spec: RunnerSpec) -> TorchRunner:
+    """An IR folder, its weights dequantized to float32."""
+    from anyquant.runtime import load
+
+    _quiet()
+    return TorchRunner(
+        spec.name, load(Path(spec.path), trust_remote_code=spec.trust_remote_code), threads=spec.thread_count
+    )
+
+
+def open_checkpoint_runner(spec: RunnerSpec) -> TorchRunner:
+    """The source: what transformers loads from a folder or hub id, or the values of a GGUF file.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    _quiet()
+    if spec.path.endswith(".gguf"):
+        return TorchRunner(spec.name, _load_gguf(spec.path), threads=spec.thread_count)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from anyquant.checkpoint.hub import split_revision
+
+    path, revision = (
+        (spec.path, spec.revision) if Path(spec.path).is_dir() else split_revision(spec.path, spec.revision)
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=torch.float32, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot load the source {spec.path}: {error}") from error
+    return TorchRunner(spec.name, model, threads=spec.thread_count)
+
+
+def _load_gguf(path: str) -> Any:
+    """A model with the values of a GGUF file, dequantized to float32."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    from anyquant.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    state: dict[str, Any] = {}
+    experts: dict[str, list[NDArray[np.float32]]] = {}
+    for name in checkpoint.tensors:
+        values = checkpoint.read(name)
+        if name in checkpoint.transposed:
+            values = np.ascontiguousarray(values.T)
+        stacked, mark, _ = name.rpartition("#")
+        if mark:
+            experts.setdefault(stacked, []).append(values)
+        else:
+            state[name] = torch.from_numpy(values)
+    state |= {name: torch.from_numpy(np.stack(parts)) for name, parts in experts.items()}
+    for alias, name in checkpoint.aliases.items():
+        state.setdefault(alias, state[name])
+    try:
+        config = AutoConfig.for_model(**checkpoint.config)
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: transformers has no causal language model for it ({error})") from error
+    model, report = architecture.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = sorted(str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key])
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} tensors do not fit transformers' model, the first {wrong[0]}")
+    return model
+
+
+def _quiet() -> None:
+    """No progress bars: the caller shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,118 @@
+"""GGUF: one file for llama.cpp and its relatives, in stock tensor types that every build runs.
+
+Values are written exactly or refused. ``check`` and ``export`` share one path up to the header, so the bytes
+promised are the bytes written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from anyquant import ir
+from anyquant.errors import UsageError
+from anyquant.exporters.gguf import container, metadata
+from anyquant.exporters.gguf.layout import Layout, Piece, arrange, chunks
+from anyquant.exporters.gguf.metadata import Metadata
+from anyquant.exporters.gguf.reader import read_tensors
+from anyquant.exporters.gguf.write import encoded, write_file
+from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan, Progress
+
+_NO_METADATA = (
+    "No metadata or tokenizer files are at hand yet, so the bytes count tensors only; the vocabulary adds a few MB."
+)
+_CHUNK = 1 << 22  # weights encoded at a time
+_PER_WEIGHT = 40  # bytes of temporaries per weight of a chunk
+
+
+class GGUFExporter:
+    """Writes GGUF files; see ``anyquant.exporters.protocol.Exporter``."""
+
+    name = "gguf"
+
+    def check(self, model: ir.Model, options: ExportOptions) -> ExportPlan:
+        """Say what would be written, in exactly how many bytes, or which tensors do not fit and why.
+
+        Raises:
+            UsageError: unknown layout.
+            UnknownArchitecture: the family has no known GGUF names.
+            ExportRefused: llama.cpp's converter cannot take the tokenizer or configuration.
+        """
+        return self._prepare(model, options)[0]
+
+    def export(
+        self, model: ir.Model, path: Path, options: ExportOptions, progress: Progress | None = None
+    ) -> ExportPlan:
+        """Write the file; nothing is left under its name unless it is whole.
+
+        Raises:
+            ExportRefused: a tensor cannot be written exactly in this layout.
+            MachineError: the disk is full.
+            UsageError, UnknownArchitecture: see :meth:`check`.
+        """
+        if not model.has_values:
+            raise UsageError("this model is a plan and holds no values: quantize it before exporting")
+        plan, header, base, layout = self._prepare(model, options)
+        plan.require(self.name)
+
+        def tensors() -> Iterator[tuple[str, int, Iterator[np.ndarray]]]:
+            count = len(layout.pieces)
+            for name, _, _, raw in base.tensors:
+                yield name, len(raw), iter([np.frombuffer(raw, np.uint8)])
+            for done, piece in enumerate(layout.pieces, 1):
+                yield piece.name, piece.nbytes, encoded(model.tensor(piece.name), piece)
+                if progress:
+                    progress(piece.name, done, count)
+
+        write_file(Path(path), header, tensors(), base.alignment, plan.bytes)
+        return plan
+
+    def read(self, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (IR name, float32 values in IR order) of every tensor, by code that shares nothing with the writer.
+
+        Raises:
+            InputError, CorruptFileError: not a GGUF file, or a damaged one.
+        """
+        return read_tensors(Path(path))
+
+    def _prepare(self, model: ir.Model, options: ExportOptions) -> tuple[ExportPlan, bytes, Metadata, Layout]:
+        """Decide everything before the first byte: the plan, the file's header, and what goes behind it."""
+        if options.layout not in LAYOUTS:
+            raise UsageError(f"unknown layout {options.layout!r}; GGUF has {', '.join(LAYOUTS)}")
+        base = metadata.load(model)
+        layout = arrange(model, base, options)
+        extra = [(name, type_name, shape) for name, type_name, shape, _ in base.tensors]
+        own = [(piece.gguf, piece.type, piece.shape) for piece in layout.pieces]
+        values = metadata.finish(base, model, options, [(t, s) for _, t, s in own], layout.names)
+        header = container.header_bytes(values, extra + own, base.alignment)
+        sizes = [container.padded(container.nbytes(t, s), base.alignment) for _, t, s in extra + own]
+        notes = []
+        if not base.complete:
+            notes.append(_NO_METADATA)
+        if layout.assumed:
+            notes.append(
+                f"{layout.assumed} tensors are assumed to fit the type made for their width; whether each one does "
+                "shows in its values, at export."
+            )
+        if options.allow_rounding and options.layout == "f16":
+            notes.append("Values may be rounded to FP16; the file says so in anyquant.allow_rounding.")
+        plan = ExportPlan(
+            options.layout,
+            {"": len(header) + sum(sizes)},
+            {piece.name: piece.type for piece in layout.pieces} | {r.tensor: "" for r in layout.refusals},
+            layout.refusals,
+            tuple(notes),
+            temporary_disk=0 if metadata.SOURCE in model.files else len(header),
+            peak_memory=len(header) * 2 + max((_memory(model, piece) for piece in layout.pieces), default=0),
+        )
+        return plan, header, base, layout
+
+
+def _memory(model: ir.Model, piece: Piece) -> int:
+    """Bytes that one tensor takes while it is read, checked and encoded, estimated from its shape."""
+    spec = model.entries[piece.name].spec
+    at_once = spec.numel if len(chunks(spec)) == 1 else _CHUNK
+    permuted = 0 if piece.order is None else 2 * piece.nbytes
+    return spec.nbytes + 3 * spec.numel + _PER_WEIGHT * min(spec.numel, at_once) + permuted

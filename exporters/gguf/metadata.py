@@ -1,0 +1,210 @@
+"""Key-values of the file to write: the source's own, or those of llama.cpp's converter, and anyquant's."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyquant import __version__, ir
+from anyquant.checkpoint.gguf_names import ROPE_TENSORS, SUPPORTED_ARCHITECTURES, gguf_architecture
+from anyquant.checkpoint.gguf_rope import llama3_factors
+from anyquant.errors import CorruptFileError, ExportRefused, MissingDependency, UnknownArchitecture
+from anyquant.exporters.gguf import container, converter
+from anyquant.exporters.protocol import ExportOptions
+
+SOURCE = "source.gguf"
+NAMES_KEY = "anyquant.names"
+QUANTIZATION_VERSION = 2
+# ggml's general.file_type for a file whose matrices are mostly of a type
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 12,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "BF16": 32,
+}
+
+
+ExtraTensor = tuple[str, str, tuple[int, ...], bytes]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the file holds beside the model's tensors.
+
+    Attributes:
+        architecture: general.architecture.
+        values: key-values as stored bytes, in order.
+        alignment: of tensor data, in bytes.
+        tensors: (name, type, shape, bytes) of tensors that no checkpoint has (rotary factors).
+        complete: False where a plan has neither source.gguf nor tokenizer files to take key-values from.
+    """
+
+    architecture: str
+    values: dict[str, bytes] = field(default_factory=dict)
+    alignment: int = container.ALIGNMENT
+    tensors: tuple[ExtraTensor, ...] = ()
+    complete: bool = True
+
+
+def load(model: ir.Model) -> Metadata:
+    """Collect the key-values of a model's GGUF file.
+
+    Raises:
+        UnknownArchitecture: tensors of this family have no known GGUF names.
+        ExportRefused: the converter refuses the tokenizer, or the chat template would be lost.
+        CorruptFileError: source.gguf is damaged, or missing in a finished IR folder.
+    """
+    if SOURCE in model.files:
+        # While planning this may be the whole file of the source, of whose tensors only these are metadata.
+        found = _parse(_map(model.files[SOURCE]), SOURCE, ROPE_TENSORS)
+        return found if found.tensors else replace(found, tensors=_rotary_factors(model.config))
+    model_type = str(model.config.get("model_type", ""))
+    architecture = _known(model_type, "the config's model_type")
+    if model.source.get("kind") == "gguf":
+        if model.has_values:
+            raise CorruptFileError(
+                f"{SOURCE} is missing in {model.path}: the model came from a GGUF file, quantize again"
+            )
+        return Metadata(architecture, complete=False)
+    if not model.files and not model.has_values:
+        return Metadata(architecture, complete=False)
+    made = _parse(converter.convert(model), "the converter's output")
+    if made.architecture != architecture:
+        raise UnknownArchitecture(
+            f"llama.cpp's converter makes architecture {made.architecture!r} of model_type {model_type!r}, but the "
+            f"names known here are those of {architecture!r}. Export to ONNX instead."
+        )
+    if "tokenizer.ggml.tokens" not in made.values:
+        raise ExportRefused("llama.cpp's converter wrote no vocabulary. Check the tokenizer files of the model.")
+    if converter.has_chat_template(model.files) and "tokenizer.chat_template" not in made.values:
+        raise ExportRefused(
+            "the model has a chat template, but llama.cpp's converter lost it, and chats would go wrong silently. "
+            "Next: put the template into chat_template.jinja in the IR folder, or set "
+            f"{converter.ROOT_VARIABLE} to a newer checkout of llama.cpp."
+        )
+    return _completed(made, model)
+
+
+def _known(architecture: str, where: str) -> str:
+    family = gguf_architecture(architecture)
+    if family is None:
+        raise UnknownArchitecture(
+            f"{where} is {architecture!r}, whose tensors have no known GGUF names (known: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)} and their relatives). Export to ONNX instead."
+        )
+    return family
+
+
+def _map(path: Path) -> bytes | mmap.mmap:
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _rotary_factors(config: dict[str, Any]) -> tuple[ExtraTensor, ...]:
+    """The tensors that llama.cpp wants where the config scales rotary frequencies: Llama 3's rule, or Phi-3's lists.
+
+    Without them it would compute something else without a word.
+    """
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type")
+    made: dict[str, Any] = {}
+    if kind == "llama3":
+        heads = int(config["num_attention_heads"])
+        head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+        made["rope_freqs.weight"] = llama3_factors(float(config["rope_theta"]), head_dim, scaling)
+    elif kind == "longrope":
+        made = {f"rope_factors_{side}.weight": scaling[f"{side}_factor"] for side in ("long", "short")}
+    arrays = {name: np.asarray(values, "<f4") for name, values in made.items()}
+    return tuple((name, "F32", array.shape, array.tobytes()) for name, array in arrays.items())
+
+
+def _parse(data: bytes | mmap.mmap, name: str, only: Collection[str] | None = None) -> Metadata:
+    header = container.parse(data, name, only)
+    architecture = header.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CorruptFileError(f"{name}: general.architecture is missing or not a string")
+    # A sharded source becomes one file.
+    values = {key: value for key, value in header.values.items() if not key.startswith("split.")}
+    tensors = []
+    for info in header.tensors:
+        type_name = container.TYPE_NAMES[info.type_id]
+        start = header.data_start + info.offset
+        raw = bytes(data[start : start + container.nbytes(type_name, info.shape)])
+        tensors.append((info.name, type_name, info.shape, raw))
+    return Metadata(_known(architecture, "general.architecture"), values, header.alignment, tuple(tensors))
+
+
+def _completed(made: Metadata, model: ir.Model) -> Metadata:
+    """Add what the converter derives from tensors, of which it saw none, or gets wrong."""
+    try:
+        from gguf.utility import size_label
+    except ImportError:
+        raise MissingDependency("gguf", "gguf", "exporting to GGUF") from None
+    total = sum(entry.spec.numel for entry in model.entries.values())
+    values = {**made.values, "general.size_label": container.string_value(size_label(total, total, 0, 0))}
+    if made.architecture == "gpt2" and model.config.get("n_inner"):
+        # It takes the MLP for 4 times the width, whatever the config says.
+        values["gpt2.feed_forward_length"] = container.uint32_value(int(model.config["n_inner"]))
+    return replace(made, values=values)
+
+
+def finish(
+    base: Metadata,
+    model: ir.Model,
+    options: ExportOptions,
+    tensors: Iterable[tuple[str, tuple[int, ...]]],
+    names: dict[str, str],
+) -> dict[str, bytes]:
+    """Return the key-values to write.
+
+    Args:
+        base: what came with the source.
+        model: the model.
+        options: of the export.
+        tensors: (type, shape) of every tensor written.
+        names: GGUF name -> IR name of the tensors whose IR name does not follow from the architecture.
+    """
+    weights: dict[str, int] = {}
+    for type_name, shape in tensors:
+        if len(shape) > 1:
+            size = 1
+            for n in shape:
+                size *= n
+            weights[type_name] = weights.get(type_name, 0) + size
+    values = dict(base.values)
+    if weights:
+        values["general.file_type"] = container.uint32_value(FILE_TYPES[max(weights, key=lambda name: weights[name])])
+    if any(name in ir.GGML_TYPES for name in weights):
+        values["general.quantization_version"] = container.uint32_value(QUANTIZATION_VERSION)
+    own = {
+        "anyquant.version": __version__,
+        "anyquant.method": model.method,
+        "anyquant.settings": json.dumps(model.settings, sort_keys=True),
+        "anyquant.layout": options.layout,
+        "anyquant.source_name": str(model.source.get("name", "")),
+        "anyquant.source_fingerprint": str(model.source.get("fingerprint", "")),
+    }
+    if names:
+        own[NAMES_KEY] = json.dumps(names)
+    values |= {key: container.string_value(text) for key, text in own.items()}
+    if options.layout == "f16" and options.allow_rounding:
+        values["anyquant.allow_rounding"] = container.bool_value(True)
+    return values

@@ -1,0 +1,115 @@
+"""Reading a GGUF file back into IR names, order and FP32 values.
+
+Independent of what was written: gguf-py's reader finds the tensors and its reference functions dequantize them;
+the names and the order of rows follow from the file's own metadata. Our own parser only checks beforehand that
+no count or offset leads outside the file, which gguf-py takes on trust.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyquant.checkpoint.gguf_names import (
+    ROPE_TENSORS,
+    gguf_to_hf_name,
+    inverse_permutation,
+    norm_offset,
+    row_permutation,
+)
+from anyquant.errors import CorruptFileError, InputError, MissingDependency, UnknownArchitecture
+from anyquant.exporters.gguf import container
+from anyquant.exporters.gguf.metadata import NAMES_KEY
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (IR name, float32 values [out, in]) of every tensor of the checkpoint, in the file's order.
+
+    Raises:
+        InputError: missing, not GGUF, or with types that are not supported.
+        CorruptFileError: truncated or damaged.
+        UnknownArchitecture: names of this family are not known.
+        MissingDependency: gguf is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError:
+        raise MissingDependency("gguf", "gguf", "reading a GGUF file") from None
+    header = _checked_header(path)
+    architecture = header.get("general.architecture", "")
+    config = _heads(header, str(architecture))
+    names = _names(header, path)
+    try:
+        tensors = GGUFReader(path).tensors
+    except Exception as error:  # it raises whatever NumPy does on odd bytes
+        raise CorruptFileError(f"{path.name}: gguf-py cannot read it: {type(error).__name__}: {error}") from error
+    for tensor in tensors:
+        if tensor.name in ROPE_TENSORS:
+            continue
+        name = names.get(tensor.name) or gguf_to_hf_name(str(architecture), tensor.name)
+        if name is None:
+            raise UnknownArchitecture(
+                f"{path.name}: tensor {tensor.name!r:.80} of architecture {architecture!r:.40} has no known name in "
+                "Hugging Face's checkpoints"
+            )
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        yield name, _in_ir_order(values, name, str(architecture), config, path)
+
+
+def _in_ir_order(values: np.ndarray, name: str, architecture: str, config: Mapping[str, Any], path: Path) -> np.ndarray:
+    try:
+        order = row_permutation(architecture, name, config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CorruptFileError(f"{path.name}: head counts are missing or odd in the metadata: {error!r}") from None
+    if order is not None:
+        if len(order) != len(values):
+            raise CorruptFileError(
+                f"{path.name}: {name} has {len(values)} rows, but the heads in the metadata make {len(order)}"
+            )
+        values = values[inverse_permutation(order)]
+    offset = norm_offset(architecture, name)
+    if offset:
+        values = values - np.float32(offset)
+    return np.ascontiguousarray(values)
+
+
+def _checked_header(path: Path) -> container.Header:
+    try:
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                raise CorruptFileError(f"{path.name} is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return container.parse(data, path.name)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _heads(header: container.Header, architecture: str) -> dict[str, Any]:
+    """The sizes that the order of q and k rows depends on, under the names of config.json."""
+    keys = {
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "hidden_size": "embedding_length",
+    }
+    found = {name: header.get(f"{architecture}.{key}") for name, key in keys.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _names(header: container.Header, path: Path) -> dict[str, str]:
+    text = header.get(NAMES_KEY)
+    if text is None:
+        return {}
+    try:
+        names = json.loads(text)
+    except (TypeError, ValueError):
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
+        raise CorruptFileError(f"{path.name}: {NAMES_KEY} is not a JSON object of names")
+    return names

@@ -1,0 +1,98 @@
+"""Writing the file: encoded tensors one after another under a temporary name, renamed when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from anyquant import ir
+from anyquant.errors import AnyquantError, MachineError, UsageError
+from anyquant.exporters.gguf import container, stock
+from anyquant.exporters.gguf.layout import Piece, chunks
+
+
+def encoded(tensor: ir.Tensor, piece: Piece) -> Iterator[np.ndarray]:
+    """Yield the data of one tensor in parts, rows in the file's order.
+
+    Every array is C-contiguous and little-endian; together they have ``piece.nbytes`` bytes.
+    """
+    if piece.order is None:
+        yield from _parts(tensor, piece)
+        return
+    whole = np.concatenate(list(_parts(tensor, piece)))
+    yield np.ascontiguousarray(whole[piece.order])
+
+
+def _parts(tensor: ir.Tensor, piece: Piece) -> Iterator[np.ndarray]:
+    spec = tensor.spec
+    if isinstance(spec, ir.GGMLSpec):
+        yield np.ascontiguousarray(tensor.arrays[".blocks"])
+    elif isinstance(spec, ir.DenseSpec) and spec.dtype == piece.type and not piece.offset:
+        yield np.ascontiguousarray(tensor.arrays[".dense"])
+    elif piece.type in ("F32", "F16"):
+        for rows in chunks(spec):
+            values = ir.dequantize(tensor, rows)
+            if piece.offset:
+                values = values + np.float32(piece.offset)
+            yield np.ascontiguousarray(values, "<f2" if piece.type == "F16" else "<f4")
+    else:
+        for rows in ir.row_chunks(spec.shape):
+            yield stock.encode(tensor, piece.type, rows)
+
+
+def write_file(
+    path: Path, header: bytes, tensors: Iterable[tuple[str, int, Iterable[np.ndarray]]], alignment: int, total: int
+) -> None:
+    """Write header and tensors, and rename.
+
+    Args:
+        path: the file to make; one that exists is replaced in one step.
+        header: everything before the data, padded.
+        tensors: (name, bytes, parts) in the header's order.
+        alignment: each tensor is padded to a multiple of it.
+        total: bytes that the file must have in the end.
+
+    Raises:
+        UsageError: the path is a folder.
+        MachineError: the disk is full, or the place cannot be written. Nothing is left there.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; -o needs the name of a file, such as {path / 'model.gguf'}")
+    temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path, total)
+        with temporary.open("wb") as file:
+            file.write(header)
+            for name, size, parts in tensors:
+                start = file.tell()
+                for part in parts:
+                    file.write(part.data)
+                written = file.tell() - start
+                if written != size:
+                    raise AnyquantError(f"{name}: became {written} bytes, promised were {size}")
+                file.write(bytes(container.padded(size, alignment) - size))
+            if file.tell() != total:
+                raise AnyquantError(f"{path.name}: became {file.tell()} bytes, promised were {total}")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {path}: {error.strerror or error}. {total:,} bytes are needed; nothing was left there."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _require_space(path: Path, total: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < total:
+        raise MachineError(
+            f"cannot write {path}: {total:,} bytes are needed and {free:,} are free there. "
+            "Free some space, or choose another disk with -o."
+        )

@@ -1,0 +1,455 @@
+"""The exporter on tiny models that came from GGUF: layouts, bytes promised and kept, refusals, interruptions."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from anyquant import ir
+from anyquant.errors import (
+    AnyquantError,
+    CorruptFileError,
+    ExportRefused,
+    MachineError,
+    UnknownArchitecture,
+    UsageError,
+)
+from anyquant.exporters.gguf import GGUFExporter, container, write
+from anyquant.exporters.protocol import ExportOptions
+
+CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+LAYER = "model.layers.0"
+Q_PROJ = f"{LAYER}.self_attn.q_proj.weight"
+UP_PROJ = f"{LAYER}.mlp.up_proj.weight"
+
+
+def _dense(values: np.ndarray, dtype: str = "F32") -> ir.Tensor:
+    return ir.Tensor(ir.DenseSpec(values.shape, dtype), {".dense": values})
+
+
+@pytest.fixture
+def tensors(quantized: Callable[..., ir.Tensor]) -> dict[str, ir.Tensor]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "model.embed_tokens.weight": _dense(normal(50, 64).astype(np.float16), "F16"),
+        f"{LAYER}.input_layernorm.weight": _dense(normal(64).astype(np.float16), "F16"),
+        Q_PROJ: quantized(normal(64, 64)),
+        f"{LAYER}.self_attn.k_proj.weight": quantized(normal(32, 64), 5),
+        f"{LAYER}.self_attn.k_proj.bias": _dense(normal(32).view(np.uint32).__rshift__(16).astype(np.uint16), "BF16"),
+        UP_PROJ: quantized(normal(96, 64), 8),
+        "model.norm.weight": _dense(normal(64)),
+    }
+
+
+@pytest.fixture
+def source(raw_value: Callable[[object], bytes]) -> dict[str, bytes]:
+    """Key-values of the GGUF file that the model came from."""
+    return {
+        "general.architecture": raw_value("llama"),
+        "general.name": raw_value("Tiny"),
+        "general.file_type": raw_value(3),
+        "llama.attention.head_count": raw_value(4),
+        "llama.attention.head_count_kv": raw_value(2),
+        "llama.embedding_length": raw_value(64),
+        "split.count": raw_value(2),
+        "tokenizer.ggml.tokens": raw_value(["a", "b"]),
+        "tokenizer.ggml.merges": raw_value([]),
+    }
+
+
+@pytest.fixture
+def model(
+    tensors: dict[str, ir.Tensor], source: dict[str, bytes], save_ir: Callable[..., ir.Model], tmp_path: Path
+) -> ir.Model:
+    files = {"source.gguf": container.header_bytes(source, [])}
+    aliases = {"lm_head.weight": "model.embed_tokens.weight"}
+    return save_ir(tmp_path / "ir", tensors, CONFIG, aliases=aliases, kind="gguf", files=files)
+
+
+def _planned(model: ir.Model, **changes: Any) -> ir.Model:
+    return replace(model, path=None, _readers={}, **changes)
+
+
+def _export(model: ir.Model, path: Path, **options: Any) -> Any:
+    exporter = GGUFExporter()
+    plan = exporter.export(model, path, ExportOptions(**options))
+    assert plan == exporter.check(model, ExportOptions(**options))
+    assert plan.bytes == path.stat().st_size
+    found = dict(exporter.read(path))
+    assert set(found) == set(model.entries)
+    return plan, found
+
+
+def _assert_equal(model: ir.Model, found: dict[str, np.ndarray]) -> None:
+    for name, entry in model.entries.items():
+        assert found[name].dtype == np.float32
+        assert found[name].shape == entry.spec.shape
+        assert ir.digest(found[name]) == entry.sha256, name
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("native", ["F16", "F32", "Q4_0", "Q5_0", "F32", "Q8_0", "F32"]),
+        ("f32", ["F16", "F32", "F32", "F32", "F32", "F32", "F32"]),
+        ("f16", ["F16", "F32", "F16", "F16", "F32", "F16", "F32"]),
+    ],
+)
+def test_every_layout_holds_every_value_in_the_bytes_promised(
+    model: ir.Model, tmp_path: Path, layout: str, expected: list[str]
+) -> None:
+    plan, found = _export(model, tmp_path / "out" / "x.gguf", layout=layout)
+    assert list(plan.types.values()) == expected
+    assert list(found) == list(model.entries)
+    _assert_equal(model, found)
+    assert plan.bytes == GGUFExporter().check(_planned(model), ExportOptions(layout)).bytes
+    assert plan.temporary_disk == 0
+    assert plan.peak_memory > 50 * 64 * 2
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.gguf"]
+
+
+def test_rows_of_q_and_k_are_llama_cpp_s(model: ir.Model, tmp_path: Path) -> None:
+    _export(model, tmp_path / "x.gguf", layout="f32")
+    stored = {t.name: np.asarray(t.data) for t in GGUFReader(tmp_path / "x.gguf").tensors}
+    heads = model.dequantize(Q_PROJ).reshape(4, 2, 8, 64)  # the converter pairs the halves of each head
+    np.testing.assert_array_equal(stored["blk.0.attn_q.weight"], heads.transpose(0, 2, 1, 3).reshape(64, 64))
+    np.testing.assert_array_equal(stored["blk.0.ffn_up.weight"], model.dequantize(UP_PROJ))
+
+
+def test_key_values_come_back_with_their_types(model: ir.Model, source: dict[str, bytes], tmp_path: Path) -> None:
+    _export(model, tmp_path / "x.gguf")
+    header = container.parse((tmp_path / "x.gguf").read_bytes(), "x.gguf")
+    changed = {"general.file_type", "split.count"}
+    assert {k: v for k, v in header.values.items() if k in source and k not in changed} == {
+        k: v for k, v in source.items() if k not in changed
+    }
+    assert "split.count" not in header.values
+    assert header.get("general.file_type") == 7  # most weights are in Q8_0
+    assert header.get("general.quantization_version") == 2
+    assert header.get("anyquant.method") == "block"
+    assert json.loads(header.get("anyquant.settings")) == {"width": 4}
+    assert header.get("anyquant.layout") == "native"
+    assert header.get("anyquant.source_fingerprint") == "f" * 64
+    assert header.get("anyquant.version")
+    assert "anyquant.allow_rounding" not in header.values
+
+
+def test_alignment_and_tensors_of_the_source_are_kept(
+    tensors: dict[str, ir.Tensor],
+    source: dict[str, bytes],
+    raw_value: Callable[[object], bytes],
+    save_ir: Callable[..., ir.Model],
+    tmp_path: Path,
+) -> None:
+    factors = np.arange(8, dtype=np.float32)
+    header = container.header_bytes(
+        {**source, "general.alignment": raw_value(128)}, [("rope_freqs.weight", "F32", (8,))], 128
+    )
+    files = {"source.gguf": header + factors.tobytes()}
+    model = save_ir(tmp_path / "ir", tensors, CONFIG, kind="gguf", files=files)
+    _, found = _export(model, tmp_path / "x.gguf")
+    _assert_equal(model, found)
+    reader = GGUFReader(tmp_path / "x.gguf")
+    assert all(tensor.data_offset % 128 == 0 for tensor in reader.tensors)
+    np.testing.assert_array_equal(reader.tensors[0].data, factors)
+
+
+def test_planning_with_the_whole_source_file_counts_the_same(
+    model: ir.Model, source: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Its tensors, even of types not known here, are no metadata."""
+    data = container.header_bytes(source, [("blk.0.attn_q.weight", "F32", (8,)), ("output.weight", "F32", (8,))])
+    kind = data.index(b"output.weight") + len("output.weight") + 4 + 8
+    whole = tmp_path / "whole.gguf"
+    whole.write_bytes(data[:kind] + b"\x63" + data[kind + 1 :] + bytes(64))
+    planned = _planned(model, files={"source.gguf": whole})
+    exporter = GGUFExporter()
+    assert exporter.check(planned, ExportOptions()).bytes == exporter.check(model, ExportOptions()).bytes
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            {"rope_freqs.weight"},
+        ),
+        (
+            {"rope_type": "longrope", "long_factor": [1.5] * 8, "short_factor": [1.0] * 8},
+            {"rope_factors_long.weight", "rope_factors_short.weight"},
+        ),
+        ({"rope_type": "linear", "factor": 2.0}, set()),
+    ],
+)
+def test_rotary_factors_of_the_config_become_tensors_again(
+    model: ir.Model, tmp_path: Path, scaling: dict[str, Any], expected: set[str]
+) -> None:
+    scaled = replace(model, config={**CONFIG, "rope_theta": 10000.0, "rope_scaling": scaling})
+    _export(scaled, tmp_path / "x.gguf")
+    found = {t.name: np.asarray(t.data) for t in GGUFReader(tmp_path / "x.gguf").tensors if "rope" in t.name}
+    assert set(found) == expected
+    if "rope_freqs.weight" in found:
+        assert found["rope_freqs.weight"].shape == (8,)
+        assert found["rope_freqs.weight"][0] == 1.0
+        assert found["rope_freqs.weight"][-1] == 8.0
+    elif expected:
+        np.testing.assert_array_equal(found["rope_factors_long.weight"], [1.5] * 8)
+
+
+def test_stock_blocks_are_copied_verbatim_in_llama_cpp_s_row_order(
+    tensors: dict[str, ir.Tensor], source: dict[str, bytes], save_ir: Callable[..., ir.Model], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 256, (64, 40), dtype=np.uint8)
+    blocks[:, [1, 3, 21, 23]] &= 0x3B  # finite FP16 scales
+    tensors[Q_PROJ] = ir.Tensor(ir.GGMLSpec((64, 64), "Q4_1"), {".blocks": blocks})
+    model = save_ir(
+        tmp_path / "ir", tensors, CONFIG, kind="gguf", files={"source.gguf": container.header_bytes(source, [])}
+    )
+    for layout in ("native", "f32", "f16"):
+        plan, found = _export(model, tmp_path / "x.gguf", layout=layout)
+        assert plan.types[Q_PROJ] == "Q4_1"
+        _assert_equal(model, found)
+        stored = {t.name: t.data for t in GGUFReader(tmp_path / "x.gguf").tensors}["blk.0.attn_q.weight"]
+        np.testing.assert_array_equal(stored, blocks.reshape(4, 2, 8, 40).swapaxes(1, 2).reshape(64, 40))
+
+
+def _codebook(shape: tuple[int, int], axis: int) -> ir.Tensor:
+    spec = ir.CodebookSpec.from_bits(shape, axis, np.zeros(shape[axis], np.uint8), input_scale=True)
+    rng = np.random.default_rng(2)
+    arrays = {
+        ".bits": np.zeros(shape[axis], np.uint8),
+        ".codes": np.zeros(0, np.uint8),
+        ".codebook": rng.normal(size=shape[axis]).astype(np.float16),
+        ".input_scale": rng.uniform(0.5, 2, shape[1]).astype(np.float16),
+    }
+    return ir.Tensor(spec, arrays)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codebooks_need_layout_f32(
+    tensors: dict[str, ir.Tensor],
+    source: dict[str, bytes],
+    save_ir: Callable[..., ir.Model],
+    tmp_path: Path,
+    axis: int,
+) -> None:
+    tensors[UP_PROJ] = _codebook((96, 64), axis)
+    files = {"source.gguf": container.header_bytes(source, [])}
+    model = save_ir(tmp_path / "ir", tensors, CONFIG, kind="gguf", files=files)
+    with pytest.raises(ExportRefused, match=r"(?s)up_proj.*codebook per row or column.*--layout f32.*--method block"):
+        GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions())
+    with pytest.raises(ExportRefused, match=r"(?s)values are not exactly an FP16.*--allow-rounding"):
+        GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions("f16"))
+    assert not (tmp_path / "x.gguf").exists()
+    plan, found = _export(model, tmp_path / "x.gguf", layout="f32")
+    _assert_equal(model, found)
+    plan, found = _export(model, tmp_path / "x.gguf", layout="f16", allow_rounding=True)
+    assert "rounded" in plan.notes[0]
+    np.testing.assert_array_equal(found[UP_PROJ], model.dequantize(UP_PROJ).astype(np.float16))
+    header = container.parse((tmp_path / "x.gguf").read_bytes(), "x")
+    assert header.get("anyquant.allow_rounding") is True
+
+
+def test_values_beyond_fp16_are_refused_even_where_rounding_is_allowed(
+    tensors: dict[str, ir.Tensor],
+    source: dict[str, bytes],
+    bfp: Callable[..., ir.Tensor],
+    save_ir: Callable[..., ir.Model],
+    tmp_path: Path,
+) -> None:
+    tensors[UP_PROJ] = bfp(np.full((96, 64), 7), np.full((96, 2), 17), 4, 32)
+    files = {"source.gguf": container.header_bytes(source, [])}
+    model = save_ir(tmp_path / "ir", tensors, CONFIG, kind="gguf", files=files)
+    plan = GGUFExporter().check(model, ExportOptions("f16", allow_rounding=True))
+    assert [(r.tensor, "65504" in r.reason) for r in plan.refusals] == [(UP_PROJ, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("model.layers.0.mixer.weight", _dense(np.zeros((2, 2), np.float32)), "no GGUF name is known"),
+        ("embed_tokens.weight", _dense(np.zeros((2, 2), np.float32)), "would be written twice"),
+        (
+            f"{LAYER}.self_attn.v_proj.weight",
+            ir.Tensor(
+                ir.BlockSpec((2, 40), "bfp", 2, 32),
+                {".codes": np.zeros((2, 16), np.uint8), ".exponents": np.full((2, 2), -128, np.int8)},
+            ),
+            "not a multiple of 32",
+        ),
+        (f"{LAYER}.mlp.down_proj.bias", _dense(np.array([0.1])[:, None], "F64"), "not exactly an F32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    tensors: dict[str, ir.Tensor],
+    source: dict[str, bytes],
+    save_ir: Callable[..., ir.Model],
+    tmp_path: Path,
+    name: str,
+    tensor: ir.Tensor,
+    reason: str,
+) -> None:
+    files = {"source.gguf": container.header_bytes(source, [])}
+    model = save_ir(tmp_path / "ir", {**tensors, name: tensor}, CONFIG, kind="gguf", files=files)
+    plan = GGUFExporter().check(model, ExportOptions())
+    assert [r.tensor for r in plan.refusals] == [name]
+    assert reason in plan.refusals[0].reason
+    with pytest.raises(ExportRefused, match="1 of 8 tensors"):
+        GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions())
+
+
+def test_blocks_of_16_name_the_way_out(
+    tensors: dict[str, ir.Tensor],
+    source: dict[str, bytes],
+    bfp: Callable[..., ir.Tensor],
+    save_ir: Callable[..., ir.Model],
+    tmp_path: Path,
+) -> None:
+    exponents = np.tile([0, 3], (96, 2))
+    tensors[UP_PROJ] = bfp(np.full((96, 64), 31), exponents, 6, 16)
+    files = {"source.gguf": container.header_bytes(source, [])}
+    model = save_ir(tmp_path / "ir", tensors, CONFIG, kind="gguf", files=files)
+    with pytest.raises(ExportRefused, match=r"(?s)Q8_0 does not hold it.*beyond -128\.\.127.*--block 32"):
+        GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions())
+    plan = GGUFExporter().check(_planned(model), ExportOptions())
+    assert plan.types[UP_PROJ] == "Q8_0"
+    assert "3 tensors are assumed to fit" in plan.notes[0]
+
+
+def test_heads_that_contradict_the_shape(model: ir.Model) -> None:
+    wrong = replace(model, config={**CONFIG, "head_dim": 32})
+    plan = GGUFExporter().check(wrong, ExportOptions())
+    assert "heads in config.json make 128" in plan.refusals[0].reason
+
+
+def test_exact_f64_and_names_without_prefix(
+    tensors: dict[str, ir.Tensor], source: dict[str, bytes], save_ir: Callable[..., ir.Model], tmp_path: Path
+) -> None:
+    """A checkpoint of the bare model has no "model." in its names; the file remembers them."""
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    bare["norm.weight"] = _dense(np.linspace(0, 1, 65)[:64].astype(np.float32).astype(np.float64), "F64")
+    files = {"source.gguf": container.header_bytes(source, [])}
+    model = save_ir(tmp_path / "ir", bare, CONFIG, kind="gguf", files=files)
+    plan, found = _export(model, tmp_path / "x.gguf")
+    assert plan.types["norm.weight"] == "F32"
+    _assert_equal(model, found)
+
+
+def test_norms_of_gemma_are_written_plus_one(
+    raw_value: Callable[[object], bytes], save_ir: Callable[..., ir.Model], tmp_path: Path
+) -> None:
+    norms = np.array([0.25, -0.5, 0.0], np.float32)
+    files = {"source.gguf": container.header_bytes({"general.architecture": raw_value("gemma2")}, [])}
+    model = save_ir(tmp_path / "ir", {"model.norm.weight": _dense(norms)}, {}, kind="gguf", files=files)
+    _, found = _export(model, tmp_path / "x.gguf")
+    _assert_equal(model, found)
+    np.testing.assert_array_equal(GGUFReader(tmp_path / "x.gguf").tensors[0].data, norms + 1)
+
+    tiny = save_ir(
+        tmp_path / "ir2", {"model.norm.weight": _dense(np.array([1e-9], np.float32))}, {}, kind="gguf", files=files
+    )
+    with pytest.raises(ExportRefused, match="1 of its values would be rounded"):
+        GGUFExporter().export(tiny, tmp_path / "y.gguf", ExportOptions())
+    assert GGUFExporter().check(tiny, ExportOptions(allow_rounding=True)).refusals == ()
+
+
+def test_progress_counts_tensors(model: ir.Model, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions(), lambda *event: seen.append(event))
+    assert seen == [(name, i, 7) for i, name in enumerate(model.entries, 1)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
+def test_an_interrupted_export_leaves_what_was_there(model: ir.Model, tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "x.gguf"
+    path.write_bytes(b"older")
+
+    def interrupt(name: str, done: int, count: int) -> None:
+        if done == 3:
+            raise error
+
+    with pytest.raises(type(error)):
+        GGUFExporter().export(model, path, ExportOptions(), interrupt)
+    assert [p.name for p in path.parent.iterdir()] == ["x.gguf"]
+    assert path.read_bytes() == b"older"
+
+
+def test_a_full_disk_is_the_machine_s_fault(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(write.os, "fsync", full)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MachineError, match=r"No space left on device.*bytes are needed; nothing was left"):
+        GGUFExporter().export(model, tmp_path / "out" / "x.gguf", ExportOptions())
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_without_room_is_noticed_beforehand(
+    model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = write.shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(MachineError, match="10 are free"):
+        GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions())
+
+
+def test_a_tensor_of_another_size_than_promised_stops_the_file(tmp_path: Path) -> None:
+    parts = [np.zeros(8, np.uint8)]
+    with pytest.raises(AnyquantError, match="t: became 8 bytes, promised were 9"):
+        write.write_file(tmp_path / "x", b"", [("t", 9, parts)], 32, 32)
+    with pytest.raises(AnyquantError, match="x: became 32 bytes, promised were 64"):
+        write.write_file(tmp_path / "x", b"", [("t", 8, parts)], 32, 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_requests(model: ir.Model, tmp_path: Path) -> None:
+    exporter = GGUFExporter()
+    with pytest.raises(UsageError, match="unknown layout 'q4'"):
+        exporter.check(model, ExportOptions("q4"))
+    with pytest.raises(UsageError, match="is a plan"):
+        exporter.export(_planned(model), tmp_path / "x.gguf", ExportOptions())
+    with pytest.raises(UsageError, match="is a folder"):
+        exporter.export(model, tmp_path, ExportOptions())
+
+
+def test_sources_without_metadata(model: ir.Model, raw_value: Callable[[object], bytes], tmp_path: Path) -> None:
+    exporter = GGUFExporter()
+    with pytest.raises(CorruptFileError, match=r"source\.gguf is missing"):
+        exporter.check(replace(model, files={}), ExportOptions())
+    plan = exporter.check(_planned(model, files={}), ExportOptions())
+    assert "count tensors only" in plan.notes[0]
+    assert plan.bytes > 50 * 64 * 2
+    hub = {"kind": "huggingface", "name": "a/b", "fingerprint": ""}
+    assert "count tensors only" in exporter.check(_planned(model, files={}, source=hub), ExportOptions()).notes[0]
+    with pytest.raises(UnknownArchitecture, match=r"model_type is 'opt'.*known: llama"):
+        exporter.check(_planned(model, files={}, config={"model_type": "opt"}), ExportOptions())
+    for content, message in [
+        (b"", "not a GGUF file"),
+        (container.header_bytes({}, []), "general.architecture is missing"),
+        (container.header_bytes({"general.architecture": raw_value("rwkv")}, []), "is 'rwkv'"),
+    ]:
+        (tmp_path / "source.gguf").write_bytes(content)
+        broken = replace(model, files={"source.gguf": tmp_path / "source.gguf"})
+        with pytest.raises(AnyquantError, match=message):
+            exporter.check(broken, ExportOptions())

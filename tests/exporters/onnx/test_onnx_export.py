@@ -1,0 +1,160 @@
+"""Tiny models of several families and kinds through the exporter: promises, digests, logits of ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from anyquant import ir
+from anyquant.exporters.onnx import ONNXExporter
+from anyquant.exporters.protocol import ExportOptions
+
+pytestmark = pytest.mark.slow  # each case runs the model builder twice
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
+
+
+def _matrix(name: str) -> str:
+    """Last module name of a linear layer, or ""."""
+    module = name.split(".")[-2]
+    return module if module in MATRICES and name.endswith(".weight") else ""
+
+
+def _verify(exported, logits_of, missing: frozenset[str] = frozenset()) -> None:  # type: ignore[no-untyped-def]
+    plan, folder, model = exported.plan, exported.folder, exported.model
+    assert plan.files == exported.promised.files == {name: (folder / name).stat().st_size for name in plan.files}
+    assert plan.types == exported.promised.types
+    assert plan.notes == exported.promised.notes
+    assert list(folder.parent.iterdir()) == [folder]
+    found = {name: ir.digest(values) for name, values in ONNXExporter().read(folder)}
+    wanted = {name: entry.sha256 for name, entry in model.entries.items() if name not in missing}
+    assert found == wanted
+    assert list(found) == list(wanted)
+    onnxruntime, torch = logits_of(exported)
+    assert np.abs(torch).max() > 1
+    assert np.abs(onnxruntime - torch).max() <= 1e-3
+
+
+def _operators(folder: Path) -> Counter[str]:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def test_mixed_widths_and_padded_columns(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    widths = {"q_proj": 4, "k_proj": 4, "v_proj": 6, "o_proj": 2, "gate_proj": 3, "up_proj": 5, "down_proj": 7}
+
+    def choose(name: str) -> str:
+        if "embed_tokens" in name:
+            return "bfp8/32"
+        return f"bfp{widths[_matrix(name)]}/32" if _matrix(name) else ""
+
+    # 48 and 72 columns: neither is a multiple of 32.
+    exported = export_tiny(choose, hidden=48, num_attention_heads=3, num_key_value_heads=1)
+    _verify(exported, logits_of)
+    types = exported.plan.types
+    assert types["model.layers.0.self_attn.q_proj.weight"] == "MatMulNBits 4-bit"
+    assert types["model.layers.0.self_attn.v_proj.weight"] == "MatMulNBits 2 x 4-bit"
+    assert types["model.embed_tokens.weight"] == "MatMulNBits 2 x 4-bit"
+    assert types["model.norm.weight"] == "F32"
+    operators = _operators(exported.folder)
+    # A layer: q and k in one product, v in two, o 1, gate 1, up 2, down 2; the head 2.
+    assert operators["MatMulNBits"] == 2 * 9 + 2
+    assert operators["GatherBlockQuantized"] == 2
+    assert operators["Concat"] == 2
+    assert operators["MatMul"] == operators["Transpose"] == 0
+
+
+def test_biases_untied_and_short_blocks(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    def choose(name: str) -> str:
+        if "embed_tokens" in name:
+            return "Q8_0"
+        if "lm_head" in name:
+            return "Q5_0"
+        return "bfp4/16" if _matrix(name) else ""
+
+    exported = export_tiny(choose, family="qwen2", tied=False)
+    _verify(exported, logits_of)
+    assert "model.layers.0.self_attn.q_proj.bias" in exported.plan.types
+    assert _operators(exported.folder)["MatMulNBits"] == 2 * 5 + 2
+
+
+def test_affine_and_stock_types(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    kinds = {"q_proj": "affine4/32", "k_proj": "affine8/16", "v_proj": "affine2/64", "o_proj": "Q4_0"}
+    kinds |= {"gate_proj": "IQ4_NL", "up_proj": "Q4_1", "down_proj": "codebook3"}
+
+    def choose(name: str) -> str:
+        if "embed_tokens" in name:
+            return "Q6_K"
+        return kinds.get(_matrix(name), "")
+
+    exported = export_tiny(choose, ExportOptions(accuracy_level=1), family="qwen3", hidden=256, head_dim=32)
+    _verify(exported, logits_of)
+    types = exported.plan.types
+    assert types["model.layers.1.mlp.up_proj.weight"] == types["model.layers.1.mlp.down_proj.weight"] == "F32"
+    assert types["model.layers.1.self_attn.k_norm.weight"] == "F32"
+    assert any("Q4_1, codebook" in note for note in exported.plan.notes)
+    assert any("accuracy_level 1" in note for note in exported.plan.notes)
+    graph = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph
+    levels = [a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "accuracy_level"]
+    assert set(levels) == {1}
+
+
+def test_packed_checkpoint_and_halves(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    def choose(name: str) -> str:
+        return {"qkv_proj": "bfp4/32", "gate_up_proj": "bfp6/32"}.get(_matrix(name), "")
+
+    exported = export_tiny(choose, family="phi3", tied=False, dtype="bfloat16", original_max_position_embeddings=256)
+    _verify(exported, logits_of)
+    assert exported.plan.types["model.embed_tokens.weight"] == "BF16"
+    assert exported.plan.types["model.layers.0.mlp.down_proj.weight"] == "BF16"
+    assert exported.plan.types["model.layers.0.mlp.gate_up_proj.weight"] == "MatMulNBits 2 x 4-bit"
+
+
+def test_norms_that_the_graph_holds_as_one_plus_w(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    exported = export_tiny(lambda n: "bfp4/32" if _matrix(n) else "", family="gemma2", dtype="float16")
+    norms = frozenset(name for name, entry in exported.model.entries.items() if "norm" in name)
+    assert norms
+    _verify(exported, logits_of, missing=norms)
+    assert exported.plan.types["model.norm.weight"] == "F32, inside the graph"
+    assert any("cannot be read back" in note for note in exported.plan.notes)
+
+
+def test_layout_f32(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    choose = lambda n: "bfp4/32" if _matrix(n) else ""  # noqa: E731
+    exported = export_tiny(choose, ExportOptions("f32", flavor="plain"))
+    _verify(exported, logits_of)
+    assert set(exported.plan.types.values()) == {"F32"}
+    assert _operators(exported.folder)["MatMulNBits"] == 0
+    assert not (exported.folder / "genai_config.json").exists()
+    assert (exported.folder / "tokenizer.json").exists()
+
+
+def test_layout_f16(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+    def choose(name: str) -> str:
+        return {"v_proj": "codebook3"}.get(_matrix(name), "bfp5/32") if _matrix(name) else ""
+
+    exported = export_tiny(choose, ExportOptions("f16"))
+    _verify(exported, logits_of)
+    assert exported.plan.types["model.layers.0.self_attn.v_proj.weight"] == "F16"
+    assert exported.plan.types["model.embed_tokens.weight"] == "F32"
+    properties = {p.key: p.value for p in onnx.load(exported.folder / "model.onnx", False).metadata_props}
+    assert properties["anyquant.layout"] == "f16"
+    assert "anyquant.rounding_allowed" not in properties
+    assert json.loads(properties["anyquant.tensors"]).keys() == exported.model.entries.keys()
+
+
+def test_plan_without_values_promises_the_same(export_tiny: Callable[..., object]) -> None:
+    choose = lambda n: "bfp4/32" if _matrix(n) else ""  # noqa: E731
+    exported = export_tiny(choose, ExportOptions("f32", flavor="plain"))
+    model = exported.model  # type: ignore[attr-defined]
+    empty = ir.Model(None, model.config, model.method, {}, model.source, model.entries, model.aliases, model.files)
+    for layout in ("native", "f32", "f16"):
+        options = ExportOptions(layout, flavor="plain")
+        assert ONNXExporter().check(empty, options).files == ONNXExporter().check(model, options).files
+    assert any("assumed" in note for note in ONNXExporter().check(empty, ExportOptions("f16")).notes)

@@ -1,0 +1,103 @@
+"""Texts, windows, prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anyquant.errors import InputError
+from anyquant.validation import texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return texts.load_tokenizer(tiny_llama)
+
+
+def test_windows_do_not_overlap_and_keep_their_order() -> None:
+    found = texts.cut_windows(range(1000), 64, 5, seed=1)
+    assert found.ids.shape == (5, 64)
+    assert (found.tokens, found.available) == (1000, 15)
+    assert (np.diff(found.ids, axis=1) == 1).all()
+    starts = found.ids[:, 0]
+    assert (starts % 64 == 0).all()
+    assert (np.diff(starts) > 0).all()
+    assert not np.array_equal(starts, texts.cut_windows(range(1000), 64, 5, seed=2).ids[:, 0])
+
+
+def test_all_windows_where_the_text_has_no_more() -> None:
+    found = texts.cut_windows(range(130), 64, 16)
+    assert found.ids[:, 0].tolist() == [0, 64]
+
+
+def test_a_leading_token_takes_one_place() -> None:
+    found = texts.cut_windows(range(100, 200), 11, 16, leading=1)
+    assert found.ids.shape == (10, 11)
+    assert (found.ids[:, 0] == 1).all()
+    assert found.ids[:, 1:].ravel().tolist() == list(range(100, 200))
+
+
+def test_a_short_text_is_refused_with_the_numbers() -> None:
+    with pytest.raises(InputError, match=r"notes\.txt has 300 tokens, but one window needs 512"):
+        texts.cut_windows(range(300), 512, 16, name="notes.txt")
+
+
+def test_read_text(tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_bytes("Größe\n".encode())
+    assert texts.read_text(good) == "Größe\n"
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes("Größe".encode("latin1"))
+    with pytest.raises(InputError, match=r"not UTF-8: byte 2"):
+        texts.read_text(bad)
+    with pytest.raises(InputError, match="cannot read the text"):
+        texts.read_text(tmp_path / "none.txt")
+
+
+def test_tokens_round_trip_and_prompts(tokenizer: Any) -> None:
+    ids = texts.token_ids(tokenizer, "what is the time?")
+    assert tokenizer.decode(ids) == "what is the time?"
+    assert texts.leading_token(tokenizer) is None
+    prompt = texts.prompt_ids(tokenizer, "hello")
+    assert tokenizer.decode(prompt).startswith("<s>user")
+    assert tokenizer.decode(prompt).endswith("assistant\n")
+
+
+class Plain:
+    """A tokenizer without a chat template that puts 1 before a text."""
+
+    bos_token_id, eos_token_id, chat_template = 1, 2, None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        ids = [ord(c) for c in text]
+        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_a_tokenizer_that_leads_with_bos() -> None:
+    assert texts.leading_token(Plain()) == 1
+    assert texts.prompt_ids(Plain(), "ab") == [1, 97, 98]
+
+
+def test_answers_end_at_an_end_token() -> None:
+    stops = texts.stop_ids(Plain(), {"eos_token_id": [120, 121]})
+    assert stops == {2, 120, 121}
+    assert texts.decode(Plain(), [97, 98, 120, 97], stops) == "ab"
+    assert texts.decode(Plain(), [97, 98], stops) == "ab"
+
+
+def test_context_length() -> None:
+    assert texts.context_length({"max_position_embeddings": 77}) == 77
+    assert texts.context_length({"n_positions": 256}) == 256
+    assert texts.context_length({"text_config": {"max_position_embeddings": 9}}) == 9
+    assert texts.context_length({"hidden_size": 3}) is None
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tokenizer can be loaded"):
+        texts.load_tokenizer(tmp_path)
