@@ -196,7 +196,7 @@ def _dense(faults: _Faults, name: str, spec: DenseSpec, arrays: Arrays) -> None:
         if spec.dtype == "BF16":
             bad = (part & 0x7F80) == 0x7F80
         elif spec.dtype == "F64":
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):  # overflow and signalling NaN are what is looked for
                 bad = ~np.isfinite(part.astype(np.float32))
         else:
             bad = ~np.isfinite(part)

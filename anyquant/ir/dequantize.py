@@ -54,7 +54,7 @@ def _dense(tensor: Tensor, spec: DenseSpec, rows: slice) -> Floats:
     values = stored[rows] if stored.ndim else stored
     if spec.dtype == "BF16":
         return (values.astype(np.uint32, order="C") << 16).view(np.float32)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # Tensor.check finds what is not finite
         return np.array(values, np.float32, order="C")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
-    if isinstance(value, int):
+    if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Real):
+        number = float(value)
+        return number if math.isfinite(number) else None
     return str(value)
 
 

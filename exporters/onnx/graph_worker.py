@@ -94,7 +94,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         _skeleton_weights(checkpoint)
     output = Path(request["output"])
     arguments = ("", str(checkpoint), str(output), "fp32", "cpu", str(output / "cache"))
-    options = builder.parse_extra_options(*arguments, ["hf_token=false"])
+    # A windowed cache has to be allocated by onnxruntime-genai; without, plain ONNX Runtime can start from nothing.
+    options = builder.parse_extra_options(*arguments, ["hf_token=false", "windowed_kv_cache=false"])
     builder.create_model(*arguments, **options)
     cache = output / "cache"
     if cache.is_dir() and not any(cache.iterdir()):

@@ -101,6 +101,13 @@ def _places(proto: onnx.ModelProto) -> dict[str, Place]:
     return places
 
 
+def _head_size(model: ir.Model) -> int:
+    """Columns of an attention head, 0 if the config does not tell."""
+    hidden, heads = model.config.get("hidden_size"), model.config.get("num_attention_heads")
+    known = model.config.get("head_dim") or (hidden // heads if hidden and heads else 0)
+    return int(known)
+
+
 def _bindings(model: ir.Model, graph: oir.Model, source: GraphSource) -> dict[str, Binding]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in graph.graph.initializers.items():
@@ -165,6 +172,12 @@ def _notes(
         notes.append(
             f"{len(missing)} tensors, {missing[0]} the first, are in the graph in a changed form, as floats, and "
             "cannot be read back from it."
+        )
+    head = _head_size(model)
+    if head % 16:
+        notes.append(
+            f"Heads have {head} columns; the attention operator of ONNX Runtime's CPU provider takes multiples of 16 "
+            "only, so this model may not run."
         )
     notes.append(
         "Needs ONNX Runtime 1.23 or newer (opset 22, com.microsoft operators). Tokenizer files and genai_config.json, "

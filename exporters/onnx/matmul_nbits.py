@@ -10,8 +10,8 @@ stored as two 4-bit planes, u = 16 * high + low, and
 whose terms and sum are exact in FP32: the products of the significant bits of the scale (1 for BFP, 11 for FP16,
 18 for Q6_K) and of the integer (9, or 6 for Q6_K) fit into 24.
 
-Scales are stored in one of three ways: "exponent", one byte c that stands for 2**(c - 135), which covers every BFP
-tensor; "f16"; "f32".
+Scales are stored in one of three ways: "exponent", one byte e + 128 that stands for the step 2**(e - width + 1) of a
+BFP block and holds every exponent; "f16"; "f32".
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant import ir
-
-EXPONENT_BIAS = 135  # a BFP step is 2**(e - width + 1) with e in -128..127 and width in 2..8: -135 to 126
 
 # Types of ggml whose values are an integer times a scale: bits of the container, block length, how scales are stored.
 _GGML: dict[str, tuple[int, int, str]] = {
@@ -46,12 +44,14 @@ class Form:
         block: weights along ``in`` that share a scale; 16, 32, 64, 128 or 256.
         scale: "exponent", "f16" or "f32".
         zero: whether zero points are stored; otherwise they are 2**(bits - 1).
+        width: element width of BFP, by which exponents become scales; 0 otherwise.
     """
 
     bits: int
     block: int
     scale: str
     zero: bool = False
+    width: int = 0
 
     @property
     def label(self) -> str:
@@ -91,7 +91,8 @@ class IntegerMatrix:
     def values(self, columns: int) -> NDArray[np.float32]:
         """FP32 [rows, columns]; what the arrays stand for, computed without splitting into planes."""
         zero = np.int16(1 << (self.form.bits - 1)) if self.zero is None else self.zero[:, :, None].astype(np.int16)
-        scale = scale_values(self.scale) if self.form.scale == "exponent" else self.scale.astype(np.float32)
+        by_byte = self.form.scale == "exponent"
+        scale = scale_table(self.form.width)[self.scale] if by_byte else self.scale.astype(np.float32)
         values = (self.codes.astype(np.int16) - zero).astype(np.float32) * scale[:, :, None]
         return values.reshape(len(values), -1)[:, :columns]
 
@@ -109,14 +110,9 @@ def array_shapes(form: Form, rows: int, columns: int) -> dict[str, tuple[np.dtyp
     return shapes
 
 
-def scale_table() -> NDArray[np.float32]:
-    """FP32 [256]: the scale that each exponent byte stands for, 2**(c - 135)."""
-    return scale_values(np.arange(256, dtype=np.uint8))
-
-
-def scale_values(codes: np.ndarray) -> NDArray[np.float32]:
-    """2**(c - 135) in FP32, exact (the least ones are subnormal)."""
-    return np.ldexp(np.float32(1), codes.astype(np.int32) - EXPONENT_BIAS).astype(np.float32)
+def scale_table(width: int) -> NDArray[np.float32]:
+    """FP32 [256]: the step that each exponent byte stands for, 2**(c - 128 - width + 1); the least are subnormal."""
+    return np.ldexp(np.float32(1), np.arange(256) - 128 - width + 1).astype(np.float32)
 
 
 def pack_nibbles(values: np.ndarray) -> NDArray[np.uint8]:
@@ -132,7 +128,7 @@ def _pair_up(zero: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def form_of(spec: ir.Spec) -> Form | None:
     """The form that holds every tensor of this spec exactly, or None."""
     if isinstance(spec, ir.BlockSpec) and spec.format == "bfp":
-        return Form(4 if spec.width <= 4 else 8, spec.block, "exponent")
+        return Form(4 if spec.width <= 4 else 8, spec.block, "exponent", width=spec.width)
     if isinstance(spec, ir.AffineSpec):
         return Form(8 if spec.bits == 8 else 4, spec.block, "f16", zero=True)
     if isinstance(spec, ir.GGMLSpec) and spec.type in _GGML:
@@ -153,9 +149,8 @@ def integer_matrix(tensor: ir.Tensor, rows: slice) -> IntegerMatrix:
         raise TypeError(f"no integer form for {spec}")
     if isinstance(spec, ir.BlockSpec):
         codes = _blocked(ir.block_integers(tensor, rows), form.block) + (1 << (form.bits - 1))
-        # All-zero blocks have e = -128 and any scale will do: keep the byte in range for every width.
-        step = tensor.arrays[".exponents"][rows].astype(np.int16) - (spec.width - 1) + EXPONENT_BIAS
-        return IntegerMatrix(form, codes.astype(np.uint8), np.clip(step, 0, 255).astype(np.uint8), None)
+        exponents = tensor.arrays[".exponents"][rows].view(np.uint8) ^ np.uint8(128)  # to offset binary
+        return IntegerMatrix(form, codes.astype(np.uint8), exponents, None)
     if isinstance(spec, ir.AffineSpec):
         return _affine(tensor, spec, form, rows)
     assert isinstance(spec, ir.GGMLSpec)

@@ -194,7 +194,7 @@ class Rewriter:
         name = group.name + ".scale"
         if form.scale == "exponent":
             index = self._node(before, "Cast", [scale], name + ".index", to=oir.DataType.INT32)
-            scale = self._node(before, "Gather", [self._table(), index], name + ".value")
+            scale = self._node(before, "Gather", [self._table(form.width), index], name + ".value")
         elif form.scale == "f16":
             scale = self._node(before, "Cast", [scale], name + ".value", to=_F32)
         values["scale"] = scale
@@ -205,8 +205,8 @@ class Rewriter:
                 values[".zero_low"] = self._zeros(group.rows, -(-columns // form.block))
         return values
 
-    def _table(self) -> oir.Value:
-        return self._constant(TABLE, scale_table())
+    def _table(self, width: int) -> oir.Value:
+        return self._constant(f"{TABLE}.{width}", scale_table(width))
 
     def _zeros(self, rows: int, blocks: int) -> oir.Value:
         """Zero points 0 for the low plane, [rows, blocks / 2] bytes, made at load instead of being stored."""

@@ -138,7 +138,8 @@ def test_codebook_widths(make_codebook: Maker) -> None:
 
 def test_codebook_entries(make_codebook: Maker) -> None:
     tensor = make_codebook((3, 5), 0, [1, 2, 0])
-    for bad in (np.nan, np.inf, -np.inf):
+    signalling = np.array(0x7C01, "<u2").view("<f2")
+    for bad in (np.nan, np.inf, -np.inf, signalling):
         assert_refused(altered(tensor, ".codebook", 6, bad), ".codebook: a non-finite entry at index [6] (1 in all)")
     unsorted = altered(tensor, ".codebook", slice(2, 6), [1, 2, 3, 2.5])
     assert_refused(unsorted, ".codebook: entries are not ascending at index [5] (1 in all)")
@@ -205,7 +206,7 @@ def test_affine(bits: int, make_tensor: Maker) -> None:
         ("F16", "<u2", [0x7C00, 0xFC00, 0x7E00, 0x7C01]),
         ("BF16", "<u2", [0x7F80, 0xFF80, 0x7FC0, 0x7F81]),
         ("F32", "<u4", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001]),
-        ("F64", "<u8", [0x7FF0000000000000, 0xFFF8000000000000]),
+        ("F64", "<u8", [0x7FF0000000000000, 0xFFF8000000000000, 0x7FF0000000000001]),
     ],
 )
 def test_dense_non_finite(dtype: str, pattern: str, bad: list[int], make_tensor: Maker) -> None:
@@ -214,6 +215,7 @@ def test_dense_non_finite(dtype: str, pattern: str, bad: list[int], make_tensor:
         value = np.array(bits, pattern).view(tensor.arrays[".dense"].dtype)
         assert_refused(altered(tensor, ".dense", (2, 1), value), ".dense: a value that is not finite")
         assert_refused(altered(tensor, ".dense", (2, 1), value), "at index [2, 1] (1 in all)")
+        assert not np.isfinite(ir.dequantize(altered(tensor, ".dense", (2, 1), value))).all()
     scalar = make_tensor(ir.DenseSpec((), dtype))
     assert_refused(altered(scalar, ".dense", (), value), "at index [] (1 in all)")
 

@@ -50,9 +50,7 @@ def cumulative_onnx(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     the embedding and W lie in weights.npz.
     """
 
-    def make(
-        folder: str = "onnx", *, vocabulary: int = 17, extra_input: str = "", half: bool = False
-    ) -> Path:
+    def make(folder: str = "onnx", *, vocabulary: int = 17, extra_input: str = "", half: bool = False) -> Path:
         import onnx
         from onnx import TensorProto, helper, numpy_helper
 

@@ -46,7 +46,9 @@ def test_real_file_against_the_gguf_package(real_gguf: Path) -> None:
     import gguf
 
     header = read_gguf_header(real_gguf)
-    expected = {t.name: (tuple(int(n) for n in t.shape), int(t.tensor_type)) for t in gguf.GGUFReader(real_gguf).tensors}
+    expected = {
+        t.name: (tuple(int(n) for n in t.shape), int(t.tensor_type)) for t in gguf.GGUFReader(real_gguf).tensors
+    }
     assert {name: (t.shape, t.type) for name, t in header.tensors.items()} == expected
 
 
@@ -111,4 +113,6 @@ def test_recorded_rounding_relaxes_the_gate_and_is_said() -> None:
     allowed = gguf_arithmetic(header({"anyquant.layout": "f16", "anyquant.allow_rounding": True}, **types))
     assert (allowed.kind, allowed.rounding) == ("rounded", "written with --allow-rounding")
     assert gguf_arithmetic(header({"anyquant.layout": "f16"}, **types)).rounding == "layout f16"
-    assert gguf_arithmetic(header({"anyquant.layout": "native", "anyquant.allow_rounding": False}, **types)).rounding == ""
+    assert (
+        gguf_arithmetic(header({"anyquant.layout": "native", "anyquant.allow_rounding": False}, **types)).rounding == ""
+    )

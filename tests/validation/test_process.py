@@ -59,7 +59,10 @@ def test_an_error_of_opening_is_raised_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("import sys; print('assertion: x > 0', file=sys.stderr); sys.exit(3)", r"ended with code 3 .*assertion: x > 0"),
+        (
+            "import sys; print('assertion: x > 0', file=sys.stderr); sys.exit(3)",
+            r"ended with code 3 .*assertion: x > 0",
+        ),
         ("import os; os.kill(os.getpid(), 9)", r"killed by signal 9 .*more memory than there is"),
         ("import os; os.close(1); input(); os.abort()", r"killed by signal 6 during 'open' \(model\.gguf\)"),
     ],
@@ -72,7 +75,7 @@ def test_a_death_is_an_error_message(script: str, message: str) -> None:
 def test_a_death_in_the_middle_of_logits() -> None:
     script = (
         "import sys; i = sys.stdin.readline\n"
-        "i(); print('{\"ok\": true, \"runtime\": \"x\", \"seconds\": 0}', flush=True)\n"
+        'i(); print(\'{"ok": true, "runtime": "x", "seconds": 0}\', flush=True)\n'
         "i(); print('{\"ok\": true, \"shape\": [2, 3]}', flush=True); sys.stdout.buffer.write(b'abcd')"
     )
     runner = ProcessRunner(RunnerSpec("GGUF", "gguf", "model.gguf", 64, 1), [sys.executable, "-c", script])

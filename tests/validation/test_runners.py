@@ -150,7 +150,10 @@ def test_every_known_default_is_what_this_build_says() -> None:
     params = library.c.llama_context_default_params()
     assert llama_abi.mismatches(params, llama_abi.CONTEXT_FIELDS) == []
     llama_abi.set_fields(params, llama_abi.CONTEXT_FIELDS, n_ctx=77, type_k=0)
-    assert llama_abi.mismatches(params, llama_abi.CONTEXT_FIELDS) == ["n_ctx reads 77, not 512", "type_k reads 0, not 1"]
+    assert llama_abi.mismatches(params, llama_abi.CONTEXT_FIELDS) == [
+        "n_ctx reads 77, not 512",
+        "type_k reads 0, not 1",
+    ]
 
 
 def test_an_unknown_layout_is_refused_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +246,7 @@ def test_onnx_refusals(cumulative_onnx: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not know mystery"):
         onnx_runner(cumulative_onnx("extra", extra_input="mystery"))
     (tmp_path / "model.onnx").write_bytes(b"not protobuf at all")
-    with pytest.raises(InputError, match="ONNX Runtime .* cannot load"):
+    with pytest.raises(InputError, match=r"ONNX Runtime .* cannot load"):
         onnx_runner(tmp_path)
     with pytest.raises(CorruptFileError, match="not an ONNX model"):
         onnx_arithmetic(tmp_path)
@@ -251,7 +254,7 @@ def test_onnx_refusals(cumulative_onnx: Make, tmp_path: Path) -> None:
 
 def test_onnx_failing_run_is_an_error(cumulative_onnx: Make) -> None:
     runner = onnx_runner(cumulative_onnx("fails"))
-    with pytest.raises(InputError, match="ONNX Runtime failed on .* with 2 tokens"):
+    with pytest.raises(InputError, match=r"ONNX Runtime failed on .* with 2 tokens"):
         runner.logits(np.array([3, 99]))  # no size of the vocabulary is known before the first run
 
 

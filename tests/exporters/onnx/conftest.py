@@ -59,12 +59,8 @@ def _codebook(values: np.ndarray, bits: int) -> ir.Tensor:
     return ir.Tensor(spec, {".bits": widths, ".codes": codes.reshape(-1), ".codebook": tables.reshape(-1)})
 
 
-def _tensor(how: str, name: str, checkpoint: Any) -> ir.Tensor:
-    """A tensor as ``how`` says: "" as stored, "bfp5/16", "affine4/32", "Q8_0", "codebook3"."""
-    raw: ir.Tensor = checkpoint.raw(name)
-    if not how:
-        return raw
-    values = checkpoint.read(name)
+def quantize(values: np.ndarray, how: str) -> ir.Tensor:
+    """A tensor as ``how`` says: "bfp5/16", "affine4/32", "Q8_0", "codebook3"."""
     if how.startswith("bfp"):
         width, block = how[3:].split("/")
         method = BlockMethod()
@@ -75,7 +71,7 @@ def _tensor(how: str, name: str, checkpoint: Any) -> ir.Tensor:
         return _affine(values, int(bits), int(block))
     if how.startswith("codebook"):
         return _codebook(values, int(how[8:]))
-    return _ggml(values.shape, how, np.random.default_rng(len(name)))
+    return _ggml(values.shape, how, np.random.default_rng(len(values)))
 
 
 Choose = Callable[[str], str]
@@ -87,7 +83,10 @@ def make_ir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Choose]
 
     def make(source: Path, choose: Choose) -> ir.Model:
         checkpoint = open_checkpoint(str(source))
-        tensors = {name: _tensor(choose(name), name, checkpoint) for name in checkpoint.tensors}
+        tensors = {
+            name: quantize(checkpoint.read(name), how) if (how := choose(name)) else checkpoint.raw(name)
+            for name in checkpoint.tensors
+        }
         entries = {name: ir.Entry(t.spec, quantized=t.spec.kind != "dense") for name, t in tensors.items()}
         origin = {"kind": "huggingface", "name": "tests/tiny", "fingerprint": "f" * 64}
         plan = ir.Model(None, checkpoint.config, "block", {}, origin, entries, checkpoint.aliases)
@@ -165,3 +164,9 @@ def _ort_logits(folder: Path, config: dict[str, Any]) -> np.ndarray:
 def logits_of() -> Callable[[Exported], tuple[np.ndarray, np.ndarray]]:
     """logits_of(exported) -> logits [1, tokens, vocabulary] of ONNX Runtime and of PyTorch on dequantized weights."""
     return lambda e: (_ort_logits(e.folder, e.model.config), _torch_logits(e.checkpoint, e.model))
+
+
+@pytest.fixture(scope="session")
+def tensor_of() -> Callable[[np.ndarray, str], ir.Tensor]:
+    """tensor_of(float32 values, how) -> tensor; stock ggml types get random blocks of that shape."""
+    return quantize
