@@ -46,13 +46,6 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
                 "--for", "size_of", default="ir", show_default=True, help="--size of the ir, gguf or onnx files."
             ),
             click.option("--block", type=click.Choice(["16", "32"]), help="Block length of the method block.  [32]"),
-            click.option(
-                "--profile",
-                type=click.Choice(["default", "paper"]),
-                default="default",
-                show_default=True,
-                help="paper: just as published, not what measures best.",
-            ),
             click.option("--quantize-embeddings", is_flag=True, help="Include embeddings and lm_head."),
             click.option(
                 "--count",
@@ -78,8 +71,6 @@ def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest
     options: dict[str, Any] = {}
     if rest["block"]:
         options["block"] = int(rest["block"])
-    if rest["profile"] != "default":
-        options["profile"] = rest["profile"]
     workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
     target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
     return Job(method, target, options, rest["quantize_embeddings"], workers)

@@ -4,11 +4,8 @@ Source: Zhang et al., "Revisiting Block-based Quantisation: What is Important fo
 Inference?" (arXiv 2310.05079), section 3. Data-free: neither text nor gradients are needed. With w bits,
 one of them the sign, a block with exponent e holds +-k * 2**(e - w + 1), k = 0 .. 2**(w-1) - 1.
 
-The paper takes e = ceil(log2 max |x|) (``exponent="ceiling"``). A block whose largest value lies just above a power
-of two is better off with e - 1: the steps are half as wide and only the largest values are clipped. One whose
-largest value lies at the power of two is clipped by the paper's rule, which costs much at few bits, and may be better
-off with e + 1. The default, ``exponent="least-error"``, takes whichever of the three leaves the smallest squared
-error, at the same size.
+e = ceil(log2 max |x|), as in the paper. Choosing e - 1 or e + 1 where that leaves the smaller squared error was measured
+on SmolLM2-135M and is no clear gain: KL to the source 4 % lower with blocks of 32, 8 % higher with blocks of 16.
 """
 
 from __future__ import annotations
@@ -25,11 +22,6 @@ from anyquant.ir.packing import pack
 from anyquant.methods.protocol import Floats, Settings
 
 WIDTHS = range(2, 9)
-EXPONENTS = ("least-error", "ceiling")
-PROFILES: dict[str, dict[str, Any]] = {
-    "default": {"block": 32, "exponent": "least-error"},
-    "paper": {"block": 16, "exponent": "ceiling"},
-}
 _CHUNK = 1 << 20  # weights handled at a time
 
 
@@ -40,27 +32,19 @@ class BlockMethod:
     summary = "block floating point, 2 to 8 bits, data-free; runs as stock types everywhere"
 
     def settings(self, options: Settings) -> dict[str, Any]:
-        """Complete and check the options: block (16 or 32), exponent ("least-error" or "ceiling"), profile.
-
-        The profile "paper" means exponent "ceiling" and, unless given, blocks of 16.
+        """Complete and check the options: block, 16 or 32.
 
         Raises:
             UsageError: unknown option or value.
         """
-        given = dict(options)
-        profile = given.pop("profile", "default")
-        if profile not in PROFILES:
-            raise UsageError(f"--profile is {profile!r}, must be one of {', '.join(PROFILES)}.")
-        settings = {"format": "bfp", **PROFILES[profile], **given}
-        unknown = sorted(set(settings) - {"format", "block", "exponent"})
+        settings = {"format": "bfp", "block": 32, **options}
+        unknown = sorted(set(settings) - {"format", "block"})
         if unknown:
-            raise UsageError(f"the method block has no option {unknown[0]!r}; it has block, exponent and profile.")
+            raise UsageError(f"the method block has no option {unknown[0]!r}; it has block.")
         if settings["format"] != "bfp":
             raise UsageError(f"the method block offers the format 'bfp', not {settings['format']!r}.")
         if settings["block"] not in (16, 32):
             raise UsageError(f"--block is {settings['block']!r}, must be 16 or 32.")
-        if settings["exponent"] not in EXPONENTS:
-            raise UsageError(f"--exponent is {settings['exponent']!r}, must be one of {', '.join(EXPONENTS)}.")
         return settings
 
     def choices(self, shape: tuple[int, int], settings: Settings) -> Sequence[Spec]:
@@ -73,7 +57,7 @@ class BlockMethod:
         for spec in choices:
             assert isinstance(spec, BlockSpec)
             parts = _chunks(weight, spec)
-            totals.append(sum(float(_quantize_blocks(part, spec, settings)[2].sum()) for part in parts))
+            totals.append(sum(float(_quantize_blocks(part, spec)[2].sum()) for part in parts))
         return totals
 
     def quantize(self, weight: Floats, spec: Spec, settings: Settings) -> Tensor:
@@ -81,7 +65,7 @@ class BlockMethod:
         assert isinstance(spec, BlockSpec)
         exponents, codes = [], []
         for part in _chunks(weight, spec):
-            exponent, code, _ = _quantize_blocks(part, spec, settings)
+            exponent, code, _ = _quantize_blocks(part, spec)
             exponents.append(exponent)
             codes.append(pack(code.reshape(len(part), -1), spec.width))
         return Tensor(spec, {".codes": np.concatenate(codes), ".exponents": np.concatenate(exponents)})
@@ -93,7 +77,7 @@ def _chunks(weight: Floats, spec: BlockSpec) -> list[Floats]:
 
 
 def _quantize_blocks(
-    weight: Floats, spec: BlockSpec, settings: Settings
+    weight: Floats, spec: BlockSpec
 ) -> tuple[NDArray[np.int8], NDArray[np.uint8], NDArray[np.float64]]:
     """Exponents int8 [rows, blocks], codes uint8 [rows, blocks, block], squared errors float64 [rows, blocks]."""
     rows, columns = weight.shape
@@ -105,25 +89,13 @@ def _quantize_blocks(
     # frexp gives max = m * 2**e with m in [.5, 1): e is the ceiling of log2 unless max is a power of two.
     mantissa, exponent = np.frexp(magnitude.max(axis=2))
     exponent = np.clip(exponent - (mantissa == 0.5), -127, 127)
-    k, error = _round(magnitude, exponent, spec.width)
-    if settings["exponent"] == "least-error":
-        for other in (np.maximum(exponent - 1, -127), np.minimum(exponent + 1, 127)):
-            other_k, other_error = _round(magnitude, other, spec.width)
-            better = other_error < error
-            exponent = np.where(better, other, exponent)
-            error = np.where(better, other_error, error)
-            k = np.where(better[:, :, None], other_k, k)
+    shift = (spec.width - 1 - exponent)[:, :, None]
+    # Ties to even, clipped at the largest code.
+    k = np.minimum(np.rint(np.ldexp(magnitude, shift)), np.float32((1 << (spec.width - 1)) - 1))
+    difference = magnitude - np.ldexp(k, -shift)
+    error = np.einsum("rbi,rbi->rb", difference, difference, dtype=np.float64)
 
     exponent = np.where(k.any(axis=2), exponent, ZERO_BLOCK)
     sign = (blocks < 0) & (k > 0)  # a negative zero would be a second code for one value
-    codes: NDArray[np.uint8] = np.where(sign, k | np.uint8(1 << (spec.width - 1)), k)
+    codes = k.astype(np.uint8) | (sign.astype(np.uint8) << np.uint8(spec.width - 1))
     return exponent.astype(np.int8), codes, error
-
-
-def _round(magnitude: Floats, exponent: NDArray[np.integer[Any]], width: int) -> tuple[NDArray[np.uint8], Any]:
-    """Codes (ties to even, clipped at the largest) and squared error per block at these exponents."""
-    shift = (width - 1 - exponent)[:, :, None]
-    k = np.minimum(np.rint(np.ldexp(magnitude, shift)), np.float32((1 << (width - 1)) - 1))
-    difference = magnitude - np.ldexp(k, -shift)
-    error = np.einsum("rbi,rbi->rb", difference, difference, dtype=np.float64)
-    return k.astype(np.uint8), error

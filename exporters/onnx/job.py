@@ -56,6 +56,7 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
     proto = onnx.load_model_from_string(source.proto)
     places = _places(proto)
     graph = oir.from_proto(proto)
+    _settle_cache_shapes(graph, _head_size(model))
     bindings = _bindings(model, graph, source)
     stored: dict[str, layout.Stored] = {}
     rewriter = Rewriter(graph, options.accuracy_level)
@@ -106,6 +107,14 @@ def _head_size(model: ir.Model) -> int:
     hidden, heads = model.config.get("hidden_size"), model.config.get("num_attention_heads")
     known = model.config.get("head_dim") or (hidden // heads if hidden and heads else 0)
     return int(known)
+
+
+def _settle_cache_shapes(graph: oir.Model, head: int) -> None:
+    """Give the last axis of past and present keys and values its number: clients take a symbol there for 0."""
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        cache = (value.name or "").startswith(("past_key_values.", "present."))
+        if cache and head and value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int):
+            value.shape = oir.Shape([*value.shape[:3], head])
 
 
 def _bindings(model: ir.Model, graph: oir.Model, source: GraphSource) -> dict[str, Binding]:

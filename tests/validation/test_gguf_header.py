@@ -42,6 +42,7 @@ def test_it_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
     assert header.tensors["output.weight"].type == 1
 
 
+@pytest.mark.slow
 def test_real_file_against_the_gguf_package(real_gguf: Path) -> None:
     import gguf
 

@@ -120,6 +120,7 @@ def test_a_closed_llamacpp_runner_says_so(tiny_gguf: Path) -> None:
         runner.logits(IDS)
 
 
+@pytest.mark.slow
 def test_real_llamacpp_against_torch_on_the_source(real_gguf: Path, real_text: Path) -> None:
     """The runner itself is proven on the real file: Q4_1 and Q8_0 blocks, dequantized exactly by PyTorch's side."""
     pytest.importorskip("xllamacpp")

@@ -62,6 +62,8 @@ class ProcessRunner:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(spec.thread_count),
+            # The runners take turns: threads that wait must leave the cores to the others.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         }
         self._process = subprocess.Popen(

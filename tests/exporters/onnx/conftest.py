@@ -22,7 +22,7 @@ TOKENS = np.array([[1, 17, 301, 42, 42, 388, 5, 260, 111, 2, 73]], np.int64)
 
 def _affine(values: np.ndarray, bits: int, block: int) -> ir.Tensor:
     """Round to (q - zero) * scale with a zero point that differs from block to block."""
-    spec = ir.AffineSpec(values.shape, bits, block)  # type: ignore[arg-type]
+    spec = ir.AffineSpec(values.shape, bits, block)
     padded = np.zeros((len(values), spec.blocks * block), np.float32)
     padded[:, : values.shape[1]] = values
     parts = padded.reshape(len(values), spec.blocks, block)
@@ -55,7 +55,7 @@ def _codebook(values: np.ndarray, bits: int) -> ir.Tensor:
     distance = np.abs(values[:, :, None] - tables[:, None, :].astype(np.float32))
     codes = pack(distance.argmin(axis=2).astype(np.uint8), bits)
     widths = np.full(len(values), bits, np.uint8)
-    spec = ir.CodebookSpec.from_bits(values.shape, 0, widths)  # type: ignore[arg-type]
+    spec = ir.CodebookSpec.from_bits(values.shape, 0, widths)
     return ir.Tensor(spec, {".bits": widths, ".codes": codes.reshape(-1), ".codebook": tables.reshape(-1)})
 
 

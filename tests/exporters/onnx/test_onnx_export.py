@@ -143,7 +143,8 @@ def test_layout_f16(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-
     _verify(exported, logits_of)
     assert exported.plan.types["model.layers.0.self_attn.v_proj.weight"] == "F16"
     assert exported.plan.types["model.embed_tokens.weight"] == "F32"
-    properties = {p.key: p.value for p in onnx.load(exported.folder / "model.onnx", False).metadata_props}
+    proto = onnx.load(exported.folder / "model.onnx", load_external_data=False)
+    properties = {p.key: p.value for p in proto.metadata_props}
     assert properties["anyquant.layout"] == "f16"
     assert "anyquant.rounding_allowed" not in properties
     assert json.loads(properties["anyquant.tensors"]).keys() == exported.model.entries.keys()
