@@ -137,11 +137,11 @@ def test_plan_quantize_inspect_export(invoke: Callable[..., Result], tiny_llama:
 
 def test_quantize_says_what_it_did(invoke: Callable[..., Result], tiny_llama: Path, tmp_path: Path) -> None:
     result = invoke(
-        "quantize", tiny_llama, "-o", tmp_path / "a", "--bits", "3.3", "--profile", "paper", "--block", "32"
+        "quantize", tiny_llama, "-o", tmp_path / "a", "--bits", "3.3", "--block", "16"
     )
     assert result.code == 0
     assert "next: anyquant export" in result.out
-    assert ir.open_ir(tmp_path / "a").settings["exponent"] == "ceiling"
+    assert ir.open_ir(tmp_path / "a").settings["block"] == 16
     result = invoke("quantize", tiny_llama, "-o", tmp_path / "b", "--size", "150KB", "--workers", 2)
     assert result.code == 0
     assert sum(ir.file_sizes(ir.open_ir(tmp_path / "b")).values()) <= 150_000
