@@ -136,9 +136,7 @@ def test_plan_quantize_inspect_export(invoke: Callable[..., Result], tiny_llama:
 
 
 def test_quantize_says_what_it_did(invoke: Callable[..., Result], tiny_llama: Path, tmp_path: Path) -> None:
-    result = invoke(
-        "quantize", tiny_llama, "-o", tmp_path / "a", "--bits", "3.3", "--block", "16"
-    )
+    result = invoke("quantize", tiny_llama, "-o", tmp_path / "a", "--bits", "3.3", "--block", "16")
     assert result.code == 0
     assert "next: anyquant export" in result.out
     assert ir.open_ir(tmp_path / "a").settings["block"] == 16

@@ -205,7 +205,7 @@ def _texts(report: ValidationReport) -> str:
         shared = next(
             (i for i, (a, b) in enumerate(zip(row.token_ids, reference, strict=False)) if a != b), len(reference)
         )
-        return "all tokens as IR" if shared == len(reference) else f"{shared} tokens as IR"
+        return "all tokens as IR" if shared == len(reference) else f"first {shared} tokens as IR"
 
     return "".join(
         f"<div class=text><h3>{escape(row.name)} <span>{same(row)}</span></h3><pre>{escape(row.text)}</pre></div>"

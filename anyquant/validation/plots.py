@@ -101,7 +101,7 @@ def _distribution(comparisons: list[Comparison], label: str, limits: set[float] 
         )
     for limit in sorted(limits or ()):
         axes.axvline(limit, color="#dc2626", linewidth=1, linestyle=":")
-        axes.text(limit, 1, f" gate {limit:g}", color="#dc2626", fontsize=8, va="bottom", ha="center")
+        axes.text(limit, 0.8, f"gate {limit:g} ", color="#dc2626", fontsize=8, va="top", ha="right", rotation=90)
     if not drawn:
         return ""
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="share of tokens above")

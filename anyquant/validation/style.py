@@ -13,9 +13,9 @@ header p{margin:4px 0 0;color:var(--soft)}
 .verdict{text-align:right;white-space:nowrap}
 .badge{display:inline-block;padding:7px 20px;border-radius:999px;color:#fff;font-weight:700;letter-spacing:.08em}
 .badge.good{background:var(--good)}.badge.bad{background:var(--bad)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:14px;margin-bottom:14px}
+.cards{display:flex;flex-wrap:wrap;gap:14px;margin-bottom:14px}
 .card,section{background:#fff;border:1px solid var(--line);border-radius:12px}
-.card{padding:14px 18px}
+.card{flex:1 1 150px;padding:14px 18px}
 .card h3{margin:0;font-size:13px;font-weight:500;color:var(--soft)}
 .card strong{display:block;font-size:27px;line-height:1.35;letter-spacing:-.02em}
 .card p{margin:0;font-size:13px;color:var(--soft)}
@@ -30,8 +30,8 @@ tbody tr:last-child td{border-bottom:0}
 th.number{white-space:normal}
 .mark{display:inline-block;padding:1px 9px;border-radius:999px;font-size:12px;font-weight:600}
 .mark.good{background:#d1fae5;color:var(--good)}.mark.bad{background:#fee2e2;color:var(--bad)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:18px}
-figure{margin:0}figcaption{font-weight:600;margin-bottom:4px}
+.plots{display:flex;flex-wrap:wrap;gap:18px}
+figure{flex:1 1 340px;margin:0}figcaption{font-weight:600;margin-bottom:4px}
 figure svg{width:100%;height:auto}
 .text{margin-bottom:12px}.text h3{margin:0 0 4px;font-size:14px}.text span{font-weight:400;color:var(--soft)}
 pre{margin:0;padding:10px 14px;background:#f8fafc;border:1px solid var(--line);border-radius:8px;

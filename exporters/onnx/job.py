@@ -189,7 +189,7 @@ def _notes(
             "only, so this model may not run."
         )
     notes.append(
-        "Needs ONNX Runtime 1.23 or newer (opset 22, com.microsoft operators). Tokenizer files and genai_config.json, "
-        "written beside the model, are not counted."
+        "Made for ONNX Runtime 1.31 (opset 22, com.microsoft operators); older ones are untested. Tokenizer files and "
+        "genai_config.json, written beside the model, are not counted."
     )
     return notes

@@ -51,7 +51,7 @@ def test_genai_generates_text(exported: tuple[ExportPlan, Path]) -> None:
     generator = genai.Generator(network, parameters)
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     generator.append_tokens(tokenizer.encode(question))
-    tokens = []
+    tokens: list[int] = []
     while not generator.is_done() and len(tokens) < 40:
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
