@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def format_table(report: ValidationReport, *, color: bool = False, width: int = WIDTH) -> str:
-    """The report as text: rows, closeness of the runtimes to PyTorch, failed gates, notes.
+    """The report as text: rows, closeness of the runtimes to PyTorch, answers, failed gates, notes.
 
     Args:
         report: the findings.
@@ -58,6 +58,11 @@ def format_table(report: ValidationReport, *, color: bool = False, width: int = 
                 f"KL {number(found.kl_mean.value)}, {differing(found)} of {found.top1.n:,} first choices differ "
                 f"({found.near_ties} near ties)"
             )
+    if any(row.text for row in report.rows):
+        console.print(f"\nGreedy answers to: {escape(report.prompt)}")
+        for row in report.rows:
+            console.print(f"[bold]{row.name}[/]: {escape(' '.join(row.text.split()))}")
+        console.print()
     for gate in report.failed:
         console.print(f"[bold red]FAILED[/] {escape(gate.subject)}, {escape(gate.name)}: {escape(gate.detail)}")
     passed = len(report.gates) - len(report.failed)

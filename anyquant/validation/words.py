@@ -37,6 +37,8 @@ def size(nbytes: int) -> str:
     """Bytes in MB or GB (powers of ten)."""
     if nbytes >= 10**9:
         return f"{nbytes / 1e9:.2f} GB"
+    if nbytes >= 10**8:
+        return f"{nbytes / 1e6:.0f} MB"
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 10**5 else f"{nbytes / 1e3:.1f} kB"
 
 

@@ -213,6 +213,8 @@ def test_the_table_fits_80_columns(report: ValidationReport) -> None:
     assert "272/272" in line
     assert any(line.strip().startswith("ONNX ") and line.endswith("FAIL") for line in lines)
     assert "2 of 3 gates passed" in text
+    assert "Greedy answers to: What? " in text
+    assert sum(line.startswith(("source: Paris", "IR: Paris", "GGUF: Paris", "ONNX: Paris")) for line in lines) == 4
     assert "FAILED ONNX, tensors equal" in text
     assert "[bold]" in text  # markup of the outside stays text
 

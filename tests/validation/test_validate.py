@@ -187,9 +187,9 @@ def test_settings_that_make_no_sense(settings: ValidationSettings, changes: dict
 # --- gates on given numbers
 
 
-def comparison(max_abs: float, kl: float) -> Comparison:
+def comparison(max_abs: float, kl: float, scale: float = 20.0) -> Comparison:
     number = Estimate(kl, 10)
-    return Comparison("IR", "GGUF", max_abs, 20.0, 0, number, number, number, number, Estimate(1, 10), 0, (), number)
+    return Comparison("IR", "GGUF", max_abs, scale, 0, number, number, number, number, Estimate(1, 10), 0, (), number)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,14 @@ def test_limits_of_the_runtime_gates(kind: str, max_abs: float, kl: float, passe
     gates = runtime_gates(comparison(max_abs, kl), Arithmetic(kind, "because"))
     assert all(g.passed for g in gates) == passed
     assert len(gates) == (2 if kind == "fp32" else 1)
+
+
+@pytest.mark.parametrize(("scale", "limit"), [(5.0, 1e-3), (20.0, 1e-3), (40.0, 2e-3)])
+def test_the_logit_gate_is_in_proportion_to_large_logits(scale: float, limit: float) -> None:
+    for max_abs, passed in ((limit * 0.99, True), (limit * 1.01, False)):
+        gate = runtime_gates(comparison(max_abs, 1e-9, scale), Arithmetic("fp32", "because"))[0]
+        assert gate.limit == pytest.approx(limit)
+        assert gate.passed == passed
 
 
 class Table:
