@@ -13,7 +13,7 @@ from anyquant.checkpoint import names
 from anyquant.checkpoint.base import BaseCheckpoint, Rows
 from anyquant.checkpoint.finite import to_float32
 from anyquant.checkpoint.gguf_config import architecture, synthesize_config
-from anyquant.checkpoint.gguf_file import GGUFFile, GGUFTensor
+from anyquant.checkpoint.gguf_file import GGUFFile
 from anyquant.checkpoint.gguf_names import (
     ROPE_TENSORS,
     gguf_to_hf_name,
@@ -26,6 +26,7 @@ from anyquant.checkpoint.gguf_names import (
 from anyquant.checkpoint.gguf_tokenizer import write_tokenizer
 from anyquant.checkpoint.protocol import TensorInfo
 from anyquant.errors import CorruptFileError, InputError
+from anyquant.gguf_container import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class GGUFCheckpoint(BaseCheckpoint):
             raise CorruptFileError(f"{self.name}: {beyond[0]} lies beyond the {layers} layers of the model.")
         return found
 
-    def _check(self, name: str, stored: GGUFTensor) -> None:
+    def _check(self, name: str, stored: StoredTensor) -> None:
         """Refuse types without a dequantizer and rows that contradict the heads."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize

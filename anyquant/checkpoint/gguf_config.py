@@ -54,8 +54,7 @@ class _Keys:
     def integer(self, key: str, default: int | None = None) -> int:
         """Return a positive integer; a list of equal ones (a value per layer) counts as one."""
         full = f"{self.arch}.{key}"
-        field = self.file.fields.get(full)
-        value = self.file.value(full) if field else default
+        value = self.file.get(full, default=default)
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):

@@ -97,7 +97,7 @@ def linear_or_yarn(file: GGUFFile, arch: str) -> dict[str, Any] | None:
     if kind == "none":
         return None
     factor = file.get(f"{arch}.rope.scaling.factor", float, 0.0)
-    yarn_keys = sorted(key for key in file.fields if key.startswith(f"{arch}.rope.scaling.yarn_"))
+    yarn_keys = sorted(key for key in file.header.values if key.startswith(f"{arch}.rope.scaling.yarn_"))
     if kind not in ("linear", "yarn") or not 0 < factor < math.inf or yarn_keys or arch == "phi3":
         detail = f", {', '.join(yarn_keys)}" if yarn_keys else ""
         raise InputError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyquant.errors import CorruptFileError, MissingDependency
-from anyquant.validation.gguf_header import GGUFHeader
+from anyquant.gguf_container import Header
 
 _ROUNDING_TYPES = {
     1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
@@ -41,17 +41,17 @@ class Arithmetic:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def gguf_arithmetic(header: GGUFHeader) -> Arithmetic:
+def gguf_arithmetic(header: Header) -> Arithmetic:
     """From the types of the matrices that llama.cpp multiplies with."""
     tied = "output.weight" not in header.tensors
     used = {
-        name: tensor.type
+        name: tensor.type_id
         for name, tensor in header.tensors.items()
         # An embedding is only looked up, and dequantized exactly, unless it is the output matrix too.
         if len(tensor.shape) > 1 and (tied or name != "token_embd.weight")
     }
     rounding = Counter(_ROUNDING_TYPES[t] for t in used.values() if t in _ROUNDING_TYPES)
-    metadata = {key: value for key, value in header.metadata.items() if key.startswith("anyquant.")}
+    metadata = {key: header.get(key) for key in header.values if key.startswith("anyquant.")}
     note = _recorded_rounding({key.removeprefix("anyquant."): value for key, value in metadata.items()})
     if not rounding:
         return _fp32("no matrix has a type whose product rounds activations", note, metadata)

@@ -10,12 +10,12 @@ from typing import Any
 
 from anyquant import ir
 from anyquant.errors import InputError
+from anyquant.gguf_container import map_file, parse
 from anyquant.validation import environment as env
 from anyquant.validation import texts
 from anyquant.validation.arithmetic import Arithmetic, gguf_arithmetic, onnx_arithmetic
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.gates import all_gates
-from anyquant.validation.gguf_header import read_gguf_header
 from anyquant.validation.measure import Pairs, Station, measure_window, perplexity, summarize
 from anyquant.validation.report import write_report
 from anyquant.validation.results import ModelRow, TensorComparison, ValidationReport
@@ -57,7 +57,7 @@ class _Validation:
         self.model = ir.open_ir(settings.model)
         self.arithmetic: dict[str, Arithmetic] = {}
         if settings.gguf is not None:
-            self.arithmetic["GGUF"] = gguf_arithmetic(read_gguf_header(settings.gguf))
+            self.arithmetic["GGUF"] = gguf_arithmetic(parse(map_file(settings.gguf), str(settings.gguf)))
         if settings.onnx is not None:
             if not settings.onnx.exists():
                 raise InputError(f"there is no {settings.onnx}")

@@ -19,6 +19,7 @@ from anyquant.exporters.gguf.metadata import Metadata
 from anyquant.exporters.gguf.reader import read_tensors
 from anyquant.exporters.gguf.write import encoded, write_file
 from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan, Progress
+from anyquant.gguf_container import padded
 
 _NO_METADATA = (
     "No metadata or tokenizer files are at hand yet, so the bytes count tensors only; the vocabulary adds a few MB."
@@ -87,7 +88,7 @@ class GGUFExporter:
         own = [(piece.gguf, piece.type, piece.shape) for piece in layout.pieces]
         values = metadata.finish(base, model, options, [(t, s) for _, t, s in own], layout.names)
         header = container.header_bytes(values, extra + own, base.alignment)
-        sizes = [container.padded(container.nbytes(t, s), base.alignment) for _, t, s in extra + own]
+        sizes = [padded(container.nbytes(t, s), base.alignment) for _, t, s in extra + own]
         notes = []
         if not base.complete:
             notes.append(_NO_METADATA)

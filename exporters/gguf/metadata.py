@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from anyquant.checkpoint.gguf_rope import llama3_factors
 from anyquant.errors import CorruptFileError, ExportRefused, MissingDependency, UnknownArchitecture
 from anyquant.exporters.gguf import container, converter
 from anyquant.exporters.protocol import ExportOptions
+from anyquant.gguf_container import ALIGNMENT, Data, map_file, parse
 
 SOURCE = "source.gguf"
 NAMES_KEY = "anyquant.names"
@@ -57,7 +56,7 @@ class Metadata:
 
     architecture: str
     values: dict[str, bytes] = field(default_factory=dict)
-    alignment: int = container.ALIGNMENT
+    alignment: int = ALIGNMENT
     tensors: tuple[ExtraTensor, ...] = ()
     complete: bool = True
 
@@ -72,7 +71,7 @@ def load(model: ir.Model) -> Metadata:
     """
     if SOURCE in model.files:
         # While planning this may be the whole file of the source, of whose tensors only these are metadata.
-        found = _parse(_map(model.files[SOURCE]), SOURCE, ROPE_TENSORS)
+        found = _parse(map_file(model.files[SOURCE]), SOURCE, ROPE_TENSORS)
         return found if found.tensors else replace(found, tensors=_rotary_factors(model.config))
     model_type = str(model.config.get("model_type", ""))
     architecture = _known(model_type, "the config's model_type")
@@ -111,13 +110,6 @@ def _known(architecture: str, where: str) -> str:
     return family
 
 
-def _map(path: Path) -> bytes | mmap.mmap:
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _rotary_factors(config: dict[str, Any]) -> tuple[ExtraTensor, ...]:
     """The tensors that llama.cpp wants where the config scales rotary frequencies: Llama 3's rule, or Phi-3's lists.
 
@@ -136,20 +128,18 @@ def _rotary_factors(config: dict[str, Any]) -> tuple[ExtraTensor, ...]:
     return tuple((name, "F32", array.shape, array.tobytes()) for name, array in arrays.items())
 
 
-def _parse(data: bytes | mmap.mmap, name: str, only: Collection[str] | None = None) -> Metadata:
-    header = container.parse(data, name, only)
+def _parse(data: Data, name: str, only: Collection[str] | None = None) -> Metadata:
+    header = parse(data, name)
     architecture = header.get("general.architecture")
     if not isinstance(architecture, str):
         raise CorruptFileError(f"{name}: general.architecture is missing or not a string")
     # A sharded source becomes one file.
     values = {key: value for key, value in header.values.items() if not key.startswith("split.")}
-    tensors = []
-    for info in header.tensors:
-        type_name = container.TYPE_NAMES[info.type_id]
-        start = header.data_start + info.offset
-        raw = bytes(data[start : start + container.nbytes(type_name, info.shape)])
-        tensors.append((info.name, type_name, info.shape, raw))
-    return Metadata(_known(architecture, "general.architecture"), values, header.alignment, tuple(tensors))
+    tensors = tuple(
+        (key, found.type, found.shape, bytes(data[found.offset : found.offset + found.nbytes]))
+        for key, found in header.stored(container.TYPES, only).items()
+    )
+    return Metadata(_known(architecture, "general.architecture"), values, header.alignment, tensors)
 
 
 def _completed(made: Metadata, model: ir.Model) -> Metadata:

@@ -8,7 +8,6 @@ no count or offset leads outside the file, which gguf-py takes on trust.
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from anyquant.checkpoint.gguf_names import (
     norm_offset,
     row_permutation,
 )
-from anyquant.errors import CorruptFileError, InputError, MissingDependency, UnknownArchitecture
+from anyquant.errors import CorruptFileError, MissingDependency, UnknownArchitecture
 from anyquant.exporters.gguf import container
 from anyquant.exporters.gguf.metadata import NAMES_KEY
+from anyquant.gguf_container import Header, map_file, parse
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -41,9 +41,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         from gguf.quants import dequantize
     except ImportError:
         raise MissingDependency("gguf", "gguf", "reading a GGUF file") from None
-    header = _checked_header(path)
-    architecture = header.get("general.architecture", "")
-    config = _heads(header, str(architecture))
+    header = parse(map_file(path), path.name)
+    header.stored(container.TYPES)
+    architecture = header.get("general.architecture", str, "")
+    config = _heads(header, architecture)
     names = _names(header, path)
     try:
         tensors = GGUFReader(path).tensors
@@ -52,14 +53,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in tensors:
         if tensor.name in ROPE_TENSORS:
             continue
-        name = names.get(tensor.name) or gguf_to_hf_name(str(architecture), tensor.name)
+        name = names.get(tensor.name) or gguf_to_hf_name(architecture, tensor.name)
         if name is None:
             raise UnknownArchitecture(
                 f"{path.name}: tensor {tensor.name!r:.80} of architecture {architecture!r:.40} has no known name in "
                 "Hugging Face's checkpoints"
             )
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        yield name, _in_ir_order(values, name, str(architecture), config, path)
+        yield name, _in_ir_order(values, name, architecture, config, path)
 
 
 def _in_ir_order(values: np.ndarray, name: str, architecture: str, config: Mapping[str, Any], path: Path) -> np.ndarray:
@@ -79,18 +80,7 @@ def _in_ir_order(values: np.ndarray, name: str, architecture: str, config: Mappi
     return np.ascontiguousarray(values)
 
 
-def _checked_header(path: Path) -> container.Header:
-    try:
-        with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise CorruptFileError(f"{path.name} is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return container.parse(data, path.name)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _heads(header: container.Header, architecture: str) -> dict[str, Any]:
+def _heads(header: Header, architecture: str) -> dict[str, Any]:
     """The sizes that the order of q and k rows depends on, under the names of config.json."""
     keys = {
         "num_attention_heads": "attention.head_count",
@@ -102,7 +92,7 @@ def _heads(header: container.Header, architecture: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _names(header: container.Header, path: Path) -> dict[str, str]:
+def _names(header: Header, path: Path) -> dict[str, str]:
     text = header.get(NAMES_KEY)
     if text is None:
         return {}

@@ -11,8 +11,9 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.errors import AnyquantError, MachineError, UsageError
-from anyquant.exporters.gguf import container, stock
+from anyquant.exporters.gguf import stock
 from anyquant.exporters.gguf.layout import Piece, chunks
+from anyquant.gguf_container import padded
 
 
 def encoded(tensor: ir.Tensor, piece: Piece) -> Iterator[np.ndarray]:
@@ -75,7 +76,7 @@ def write_file(
                 written = file.tell() - start
                 if written != size:
                     raise AnyquantError(f"{name}: became {written} bytes, promised were {size}")
-                file.write(bytes(container.padded(size, alignment) - size))
+                file.write(bytes(padded(size, alignment) - size))
             if file.tell() != total:
                 raise AnyquantError(f"{path.name}: became {file.tell()} bytes, promised were {total}")
             file.flush()

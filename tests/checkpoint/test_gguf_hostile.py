@@ -29,49 +29,19 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
 
 
-def entry(name: str, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-
-
-def build(
-    pairs: list[bytes], entries: list[bytes] | None = None, data: int = 256, version: int = 3, **counts: int
-) -> bytes:
-    entries = entries or []
-    head = struct.pack("<4sIQQ", b"GGUF", version, counts.get("tensors", len(entries)), counts.get("kv", len(pairs)))
-    body = head + b"".join(pairs) + b"".join(entries)
-    return body + bytes(-len(body) % 32) + bytes(data)
+def build(*pairs: bytes, tensor: bytes = b"") -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, bool(tensor), len(pairs)) + b"".join(pairs) + tensor + bytes(512)
 
 
 HOSTILE: list[tuple[str, bytes, type[AnyquantError], str]] = [
     ("empty", b"", CorruptFileError, "is empty"),
-    ("random", bytes(range(256)) * 8, CorruptFileError, "does not begin with 'GGUF'"),
     ("short", b"GGUF\x03", CorruptFileError, "the version at byte 4 needs 4 bytes, the file ends at 5"),
-    ("version", build([], version=1), InputError, "version 1 is not 2 or 3"),
-    ("big-endian", build([], version=0x03000000), InputError, "big-endian"),
-    ("pairs", build([], data=0, kv=1 << 60), CorruptFileError, "truncated or damaged"),
-    ("tensors", build([], tensors=1 << 60), CorruptFileError, "the list of 1152921504606846976 tensors"),
-    ("key length", build([struct.pack("<Q", 1 << 62)]), CorruptFileError, "a key at byte"),
-    ("key text", build([struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<I", 7) + b"\0"]), CorruptFileError, "UTF-8"),
-    ("kind", build([pair("a", 13, b"")]), CorruptFileError, "a has the unknown value type 13"),
-    ("array", build([pair("a", 9, struct.pack("<IQ", 4, 1 << 61))]), CorruptFileError, "a at byte"),
-    ("strings", build([pair("a", 9, struct.pack("<IQ", 8, 1 << 40))]), CorruptFileError, "a at byte"),
-    ("nested", build([pair("a", 9, struct.pack("<IQ", 9, 1) * 6)]), CorruptFileError, "unknown value type 9"),
-    ("twice", build([pair("a", 7, b"\0"), pair("a", 7, b"\0")]), CorruptFileError, "the key a appears twice"),
-    ("dims", build([], [entry("t", [1] * 5)]), CorruptFileError, "t has 5 dimensions"),
-    ("zero", build([], [entry("t", [0, 4])]), CorruptFileError, r"the shape \[4, 0\]"),
-    ("blocks", build([], [entry("t", [33], kind=8)]), CorruptFileError, "Q8_0 is stored in blocks of 32"),
-    ("type", build([], [entry("t", [32], kind=36)]), InputError, "the tensor type 36, which the installed gguf"),
-    ("huge", build([], [entry("t", [1 << 62, 1 << 62])]), CorruptFileError, "t .F32 .* ends at byte"),
-    ("offset", build([], [entry("t", [32], offset=1 << 63)]), CorruptFileError, "ends at byte"),
-    ("unaligned", build([], [entry("t", [8], offset=4)]), CorruptFileError, "begins at 4, not a multiple of 32"),
-    ("overlap", build([], [entry("t", [8]), entry("u", [8])]), CorruptFileError, "u overlaps t"),
-    ("same name", build([], [entry("t", [8]), entry("t", [8], offset=32)]), CorruptFileError, "t appears twice"),
-    ("alignment", build([pair("general.alignment", 4, struct.pack("<I", 48))]), CorruptFileError, "power of two"),
-    ("alignment type", build([pair("general.alignment", 8, text("x"))]), CorruptFileError, "is 'x', expected int"),
-    ("split", build([pair("split.count", 2, struct.pack("<H", 3))]), InputError, "one part of 3.*gguf-split --merge"),
-    ("no architecture", build([]), CorruptFileError, "has no general.architecture"),
-    ("architecture", build([pair("general.architecture", 8, text("rwkv7"))]), UnknownArchitecture, "rwkv7.*llama, qw"),
-    ("no settings", build([pair("general.architecture", 8, text("llama"))]), CorruptFileError, "no tensor token_embd"),
+    ("type", build(tensor=text("t") + struct.pack("<IQIQ", 1, 32, 36, 0)), InputError, 
+     "the tensor type 36, which the installed gguf"),
+    ("split", build(pair("split.count", 2, struct.pack("<H", 3))), InputError, "one part of 3.*gguf-split --merge"),
+    ("no architecture", build(), CorruptFileError, "has no general.architecture"),
+    ("architecture", build(pair("general.architecture", 8, text("rwkv7"))), UnknownArchitecture, "rwkv7.*llama, qw"),
+    ("no settings", build(pair("general.architecture", 8, text("llama"))), CorruptFileError, "no tensor token_embd"),
 ]  # fmt: skip
 
 
@@ -135,17 +105,17 @@ def test_values_of_every_type_are_decoded(tmp_path: Path) -> None:
     content = path.read_bytes()[24:].rstrip(b"\0")
     path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 8) + content + pair("n", 9, nested))
     file = GGUFFile(path)
-    assert {key: file.value(key) for key in values} == values
-    assert file.value("n") == [[1, -1], [1, -1]]
-    assert file.fields["n"].types == (9, 9, 5)
+    assert {key: file.get(key) for key in values} == values
+    assert file.get("n") == [[1, -1], [1, -1]]
+    assert file.header.values["n"] == struct.pack("<I", 9) + nested
     assert file.get("i", float) == -5.0
     again = tmp_path / "again.gguf"
     again.write_bytes(file.header_only())
-    assert {key: GGUFFile(again).value(key) for key in file.fields} == {key: file.value(key) for key in file.fields}
+    assert GGUFFile(again).header.values == file.header.values
     before, after = gguf.GGUFReader(path), gguf.GGUFReader(again)
     keys = [key for key in before.fields if not key.startswith("GGUF.")]
     assert [key for key in after.fields if not key.startswith("GGUF.")] == keys
-    assert set(keys) == set(file.fields)
+    assert set(keys) == set(file.header.values)
     for key in keys:
         assert after.fields[key].types == before.fields[key].types, key
         assert after.fields[key].contents() == before.fields[key].contents(), key

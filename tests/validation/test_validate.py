@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from anyquant.errors import InputError, UsageError, ValidationFailed
+from anyquant.errors import CorruptFileError, InputError, UsageError, ValidationFailed
 from anyquant.validation import ValidationReport, ValidationSettings, validate
 from anyquant.validation.arithmetic import Arithmetic
 from anyquant.validation.gates import all_gates, runtime_gates
@@ -161,6 +161,8 @@ def test_refusals_before_anything_is_loaded(
         validate(replace(settings, onnx=tmp_path / "none"))
     with pytest.raises(InputError, match="cannot read"):
         validate(replace(settings, gguf=tmp_path / "none.gguf"))
+    with pytest.raises(CorruptFileError, match=r"short\.txt: is not a GGUF file"):
+        validate(replace(settings, gguf=short))
     with pytest.raises(InputError):
         validate(replace(settings, model=tmp_path))
 

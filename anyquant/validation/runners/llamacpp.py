@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError, MachineError
-from anyquant.validation.gguf_header import read_gguf_header
+from anyquant.gguf_container import map_file, parse
 from anyquant.validation.runners.llama_abi import CONTEXT_FIELDS, MODEL_FIELDS, Batch, library, set_fields
 from anyquant.validation.runners.protocol import check_ids
 
@@ -42,7 +42,7 @@ class LlamaCppRunner:
         self._library = library()
         self._c = self._library.c
         self.name, self.runtime = name, f"llama.cpp (xllamacpp {self._library.version})"
-        read_gguf_header(path)
+        parse(map_file(path), str(path))
         self._library.log.clear()
         params = self._c.llama_model_default_params()
         set_fields(params, MODEL_FIELDS, n_gpu_layers=0)

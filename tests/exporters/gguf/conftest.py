@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from anyquant import ir
 from anyquant.checkpoint.gguf_names import gguf_to_hf_name, inverse_permutation, is_conv1d, row_permutation
 from anyquant.exporters.gguf import container
+from anyquant.gguf_container import parse
 from anyquant.ir.packing import pack
 
 
@@ -134,7 +135,7 @@ def with_smol_tokenizer(real_gguf: Path, tmp_path_factory: pytest.TempPathFactor
     """with_smol_tokenizer(checkpoint) -> a copy with SmolLM2's byte-level BPE, whose hash the converter knows."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    header = container.parse(real_gguf.read_bytes(), real_gguf.name)
+    header = parse(real_gguf.read_bytes(), real_gguf.name)
     tokens = header.get("tokenizer.ggml.tokens")
     kinds = header.get("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in header.get("tokenizer.ggml.merges")]
@@ -166,7 +167,7 @@ def real_ir(real_gguf: Path, save_ir: Callable[..., ir.Model], tmp_path_factory:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    header = container.parse(real_gguf.read_bytes(), real_gguf.name)
+    header = parse(real_gguf.read_bytes(), real_gguf.name)
     config = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     tensors = {}
     for found in GGUFReader(real_gguf).tensors:

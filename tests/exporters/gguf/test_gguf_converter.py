@@ -29,6 +29,7 @@ from anyquant.errors import (
 )
 from anyquant.exporters.gguf import GGUFExporter, container, converter, metadata
 from anyquant.exporters.protocol import ExportOptions
+from anyquant.gguf_container import parse
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -132,8 +133,8 @@ def test_the_whole_file_is_the_converter_s(exported: tuple[ir.Model, Path, Path]
     """Tensors bit for bit; key-values byte for byte, but for the name and what we add."""
     _, ours, theirs = exported
     assert _tensors(ours) == _tensors(theirs)
-    mine = container.parse(ours.read_bytes(), "ours").values
-    reference = container.parse(theirs.read_bytes(), "theirs").values
+    mine = parse(ours.read_bytes(), "ours").values
+    reference = parse(theirs.read_bytes(), "theirs").values
     assert {k for k in mine if k not in reference} == {
         f"anyquant.{k}" for k in ("version", "method", "settings", "layout", "source_name", "source_fingerprint")
     }
@@ -187,7 +188,7 @@ def test_names_rows_and_values_of_other_families_are_the_converter_s(
     )
     exporter = GGUFExporter()
     for (name, model), reference in zip(models.items(), theirs, strict=True):
-        header = container.parse(reference.read_bytes(), name)
+        header = parse(reference.read_bytes(), name)
         source = tmp_path / name / "source.gguf"
         source.write_bytes(container.header_bytes(header.values, []))
         with_source = replace(model, files={"source.gguf": source})
@@ -211,7 +212,7 @@ def test_gpt2_with_a_byte_level_vocabulary(
     plan = GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions())
     assert plan.types["transformer.h.0.attn.c_attn.weight"] == "Q4_0"
     assert plan.types["transformer.wpe.weight"] == "F32"
-    header = container.parse((tmp_path / "x.gguf").read_bytes(), "x")
+    header = parse((tmp_path / "x.gguf").read_bytes(), "x")
     assert header.get("general.architecture") == "gpt2"
     assert header.get("tokenizer.ggml.pre") == "smollm"
     assert header.get("general.name") == "tiny"

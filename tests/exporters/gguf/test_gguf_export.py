@@ -24,6 +24,7 @@ from anyquant.errors import (
 )
 from anyquant.exporters.gguf import GGUFExporter, container, write
 from anyquant.exporters.protocol import ExportOptions
+from anyquant.gguf_container import parse
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
 LAYER = "model.layers.0"
@@ -130,7 +131,7 @@ def test_rows_of_q_and_k_are_llama_cpp_s(model: ir.Model, tmp_path: Path) -> Non
 
 def test_key_values_come_back_with_their_types(model: ir.Model, source: dict[str, bytes], tmp_path: Path) -> None:
     _export(model, tmp_path / "x.gguf")
-    header = container.parse((tmp_path / "x.gguf").read_bytes(), "x.gguf")
+    header = parse((tmp_path / "x.gguf").read_bytes(), "x.gguf")
     changed = {"general.file_type", "split.count"}
     assert {k: v for k, v in header.values.items() if k in source and k not in changed} == {
         k: v for k, v in source.items() if k not in changed
@@ -265,7 +266,7 @@ def test_codebooks_need_layout_f32(
     plan, found = _export(model, tmp_path / "x.gguf", layout="f16", allow_rounding=True)
     assert "rounded" in plan.notes[0]
     np.testing.assert_array_equal(found[UP_PROJ], model.dequantize(UP_PROJ).astype(np.float16))
-    header = container.parse((tmp_path / "x.gguf").read_bytes(), "x")
+    header = parse((tmp_path / "x.gguf").read_bytes(), "x")
     assert header.get("anyquant.allow_rounding") is True
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from anyquant import ir
-from anyquant.exporters.gguf import GGUFExporter, container
+from anyquant.exporters.gguf import GGUFExporter
 from anyquant.exporters.protocol import ExportOptions, ExportPlan
+from anyquant.gguf_container import parse
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +26,8 @@ def test_bytes_and_types(real_ir: ir.Model, exported: tuple[ExportPlan, Path], r
     assert Counter(plan.types.values()) == {"Q4_0": 210, "F32": 61, "Q8_0": 1}
     # Q4_1's blocks have 20 bytes, Q4_0's 18; all else is the same.
     weights = sum(e.spec.numel for e in real_ir.entries.values() if e.quantized and e.spec.kind == "block")
-    header = container.parse(path.read_bytes(), "x")
-    original = container.parse(real_gguf.read_bytes(), "y")
+    header = parse(path.read_bytes(), "x")
+    original = parse(real_gguf.read_bytes(), "y")
     assert path.stat().st_size - header.data_start == real_gguf.stat().st_size - original.data_start - weights // 16
     assert plan.bytes == path.stat().st_size
     tokenizer = [key for key in original.values if key.startswith("tokenizer.")]

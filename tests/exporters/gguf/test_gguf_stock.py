@@ -6,16 +6,23 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anyquant import ir
-from anyquant.exporters.gguf import stock
+from anyquant.exporters.gguf import container, metadata, stock
 from anyquant.ir.packing import pack
 
 BFP = Callable[[np.ndarray, np.ndarray, int, int], ir.Tensor]
+
+
+def test_file_types_are_llama_cpp_s() -> None:
+    assert set(metadata.FILE_TYPES) == set(container.TYPE_IDS)
+    for name, number in metadata.FILE_TYPES.items():
+        expected = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
+        assert LlamaFileType(number).name == expected.get(name, f"MOSTLY_{name}")
 
 
 def _values(blocks: np.ndarray, name: str) -> np.ndarray:
