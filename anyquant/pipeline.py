@@ -22,7 +22,9 @@ from anyquant.methods import Method, get_method
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
-_BASE_MEMORY = 250 << 20  # interpreter, NumPy and the libraries of a checkpoint reader
+# Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
+# million weights at a time; and transformers with torch, which make the tokenizer files of a GGUF source.
+_BASE_MEMORY, _WORKER_MEMORY, _TOKENIZER_MEMORY = 220 << 20, 60 << 20, 200 << 20
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,9 @@ def plan(checkpoint: Checkpoint, job: Job, progress: Progress | None = None) -> 
     chosen = exact[-1] if exact else _mix(checkpoint, job, forms, cost, limit, progress)
     model = _describe(checkpoint, job, forms.settings, forms.pick(chosen))
     largest = max(4 * c[0].numel for c in forms.choices)
-    peak = _BASE_MEMORY + job.workers * 3 * largest + max(e.spec.nbytes for e in model.entries.values())
+    peak = _BASE_MEMORY + job.workers * (3 * largest + _WORKER_MEMORY)
+    peak += max(entry.spec.nbytes for entry in model.entries.values())
+    peak += _TOKENIZER_MEMORY if checkpoint.kind == "gguf" else 0
     return Plan(model, checkpoint, job, feasible, not exact, peak)
 
 
