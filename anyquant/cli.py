@@ -120,11 +120,12 @@ def inspect(out: Output, model: str, revision: str | None, trust_remote_code: bo
     out.result(data, lambda: "\n".join(f"{key.replace('_', ' '):<18} {_words(value)}" for key, value in data.items()))
 
 
-def _words(value: Any) -> str:
+def _words(value: Any, nested: bool = False) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
+        text = ", ".join(f"{k}: {_words(v, nested=True)}" for k, v in value.items()) or "none"
+        return f"({text})" if nested else text
     if isinstance(value, list):
-        return " to ".join(_words(v) for v in value)
+        return ", ".join(map(_words, value))
     if isinstance(value, float):
         return f"{value:.4f}".rstrip("0").rstrip(".")
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -139,7 +140,7 @@ def plan(out: Output, model: str, revision: str | None, trust_remote_code: bool,
 
     \b
     Example: anyquant plan SmolLM2.gguf --bits 4.25
-             anyquant plan SmolLM2.gguf --size 90MB --for gguf
+             anyquant plan SmolLM2.gguf --size 100MB --for gguf
     """
     from anyquant.pipeline import plan as work_out
     from anyquant.summary import plan_data, plan_text
@@ -307,7 +308,7 @@ def doctor(out: Output) -> None:
     \b
     Example: anyquant doctor
     """
-    from anyquant.doctor import PACKAGES, diagnose
+    from anyquant.doctor import CONFLICT, PACKAGES, diagnose
 
     data = diagnose()
 
@@ -315,6 +316,8 @@ def doctor(out: Output) -> None:
         rows = []
         for package, (extra, purpose) in PACKAGES.items():
             missing = f"pip install 'anyquant[{extra}]'" if extra else "missing"
+            if package in CONFLICT and any(data["packages"][other] for other in CONFLICT):
+                missing = f"not beside {CONFLICT[1 - CONFLICT.index(package)]}"
             rows.append((package, data["packages"][package] or "-", purpose if data["packages"][package] else missing))
         lines = [f"{a:<18} {b:<12} {c}" for a, b, c in rows]
         head = (

@@ -7,7 +7,9 @@ import errno
 import json
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +42,14 @@ class Size(click.ParamType[int]):
         return size
 
 
+def _wrapped(line: str) -> str:
+    """A line cut at words to the terminal's width; coloured lines are cut already."""
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width or "\x1b" in line:
+        return line
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def mebibytes(nbytes: float) -> str:
     """Bytes in MiB with one decimal."""
     return f"{nbytes / 2**20:,.1f} MiB"
@@ -52,17 +62,12 @@ class Output:
         """Remember the two switches."""
         self.as_json, self.quiet = as_json, quiet
 
-    def note(self, text: str) -> None:
-        """A remark for people, on stderr."""
-        if not self.quiet:
-            click.echo(text, err=True)
-
     def result(self, data: dict[str, Any], text: Callable[[], str]) -> None:
         """The verb's result: JSON, or the text that ``text`` makes."""
         if self.as_json:
             click.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
         elif not self.quiet:
-            click.echo(text())
+            click.echo("\n".join(map(_wrapped, text().splitlines())))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress | None]:

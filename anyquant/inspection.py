@@ -31,7 +31,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "matrix_parameters": sum(numel[name] for name in matrices),
         "row_lengths": {str(length): count for length, count in sorted(columns.items())},
         "feasible_bits": {name: _feasible(checkpoint, name) for name in plugins(METHODS)},
-        "exporters": {name: _verdict(checkpoint, name) for name in plugins(EXPORTERS)},
+        "exporters": _verdicts(_smallest(checkpoint)),
     }
 
 
@@ -39,31 +39,40 @@ def _numel(shape: tuple[int, ...]) -> int:
     return ir.DenseSpec(shape, "F32").numel
 
 
-def _feasible(checkpoint: Checkpoint, method: str) -> Any:
-    """[fewest, most] bits per weight, or why the method cannot be used."""
+def _feasible(checkpoint: Checkpoint, method: str) -> dict[str, float] | str:
+    """Fewest and most bits per weight, or why the method cannot be used."""
     try:
-        return list(feasible_bits(checkpoint, Job(method, Target(bits=1.0))))
+        low, high = feasible_bits(checkpoint, Job(method, Target(bits=1.0)))
     except AnyquantError as error:
         return str(error)
+    return {"fewest": low, "most": high}
 
 
-def _verdict(checkpoint: Checkpoint, exporter: str) -> str:
-    """ "yes", or why the exporter does not take a model of this source."""
-    try:
-        smallest, _ = feasible_bits(checkpoint, Job("block", Target(bits=1.0)))
-        planned = plan(checkpoint, Job("block", Target(bits=smallest)))
-        export = check_export(planned.model, exporter)
-    except AnyquantError as error:
-        return f"no: {error}"
-    return "yes" if not export["refusals"] else f"no: {export['refusals'][0]}"
+def _smallest(checkpoint: Checkpoint) -> ir.Model:
+    """The plan that says most of what an exporter takes: every matrix in its fewest bits."""
+    low, _ = feasible_bits(checkpoint, Job("block", Target(bits=1.0)))
+    return plan(checkpoint, Job("block", Target(bits=low))).model
 
 
-def check_export(model: ir.Model, exporter: str, layout: str = "native") -> dict[str, Any]:
-    """What an exporter would write for a model or a plan: bytes, files, types, notes, refusals."""
+def _verdicts(model: ir.Model) -> dict[str, str]:
+    """Of each exporter: "yes", or why it does not take the model."""
+    verdicts = {}
+    for name in plugins(EXPORTERS):
+        export = check_export(model, name)
+        refusal = export.get("error") or next(iter(export["refusals"]), "")
+        verdicts[name] = f"no: {refusal}" if refusal else "yes"
+    return verdicts
+
+
+def check_export(model: ir.Model, exporter: str) -> dict[str, Any]:
+    """What an exporter would write for a model or a plan: bytes, files, types, notes, refusals; or its error."""
     from anyquant.exporters.protocol import ExportOptions
     from anyquant.exporters.registry import get_exporter
 
-    found = get_exporter(exporter).check(model, ExportOptions(layout=layout))
+    try:
+        found = get_exporter(exporter).check(model, ExportOptions())
+    except AnyquantError as error:
+        return {"error": str(error)}
     return {
         "bytes": found.bytes,
         "files": found.files,
@@ -91,16 +100,8 @@ def inspect_ir(model: ir.Model) -> dict[str, Any]:
         "aliases": model.aliases,
         "bits_per_weight": model.bits_per_weight,
         "quantized_bits": model.quantized_bits,
-        "exporters": {name: _ir_verdict(model, name) for name in plugins(EXPORTERS)},
+        "exporters": _verdicts(model),
     }
-
-
-def _ir_verdict(model: ir.Model, exporter: str) -> str:
-    try:
-        export = check_export(model, exporter)
-    except AnyquantError as error:
-        return f"no: {error}"
-    return "yes" if not export["refusals"] else f"no: {export['refusals'][0]}"
 
 
 def form_name(spec: ir.Spec) -> str:

@@ -6,10 +6,12 @@ which form is then decided by measured errors, for which every matrix is read on
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,12 +21,15 @@ from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InfeasibleTarget, InputError, UsageError
 from anyquant.methods import Method, get_method
 
+if TYPE_CHECKING:
+    from anyquant.exporters.protocol import ExportPlan
+
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 # Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
 # million weights at a time; and transformers with torch, which make the tokenizer files of a GGUF source.
-_BASE_MEMORY, _WORKER_MEMORY, _TOKENIZER_MEMORY = 220 << 20, 60 << 20, 200 << 20
+_BASE_MEMORY, _WORKER_MEMORY, _TOKENIZER_MEMORY = 220 << 20, 60 << 20, 80 << 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Target:
             raise UsageError("give exactly one of --bits and --size.")
         if self.bits is not None and not 0 < self.bits < 64:
             raise UsageError(f"--bits is {self.bits}, must be a positive number of bits per weight.")
+        if self.bits is not None and self.size_of != "ir":
+            raise UsageError(f"--for {self.size_of} says what --size is the size of; it has no meaning with --bits.")
+        if self.size is not None and self.count != "all":
+            raise UsageError(f"--count {self.count} says what --bits counts; it has no meaning with --size.")
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,8 @@ def plan(checkpoint: Checkpoint, job: Job, progress: Progress | None = None) -> 
         InputError: nothing to quantize.
     """
     forms = _Forms.of(checkpoint, job)
+    if job.target.size_of != "ir":
+        forms = _exportable(checkpoint, job, forms)
     limit, cost = _budget(checkpoint, job, forms)
     uniform = forms.uniform()
     costs = [cost(chosen) for chosen in uniform]
@@ -219,12 +230,37 @@ def _budget(checkpoint: Checkpoint, job: Job, forms: _Forms) -> tuple[float, Cal
 
     if target.size_of == "ir":
         return target.size, lambda chosen: sum(ir.file_sizes(model_of(chosen)).values())
-    # Bytes are the one thing that the pipeline asks of an exporter.
+    return target.size, lambda chosen: _check_export(model_of(chosen), target.size_of).bytes
+
+
+def _check_export(model: ir.Model, exporter: str) -> ExportPlan:
+    """What an exporter would write: bytes and types are the one thing that the pipeline asks of it."""
     from anyquant.exporters.protocol import ExportOptions
     from anyquant.exporters.registry import get_exporter
 
-    exporter = get_exporter(target.size_of)
-    return target.size, lambda chosen: exporter.check(model_of(chosen), ExportOptions()).bytes
+    return get_exporter(exporter).check(model, ExportOptions())
+
+
+def _exportable(checkpoint: Checkpoint, job: Job, forms: _Forms) -> _Forms:
+    """Leave the forms that the target's exporter takes, and of those that it writes alike just the best.
+
+    Raises:
+        InfeasibleTarget: it takes no form of a matrix.
+    """
+    kept: list[dict[str, ir.Spec]] = [{} for _ in forms.names]
+    reasons: dict[str, str] = {}
+    for chosen in forms.uniform():
+        picked = forms.pick(chosen)
+        export = _check_export(_describe(checkpoint, job, forms.settings, picked), job.target.size_of)
+        refused = {refusal.tensor: refusal for refusal in export.refusals}
+        reasons |= {name: f"{refusal.reason}; {refusal.remedy}" for name, refusal in refused.items()}
+        for name, choices in zip(forms.names, kept, strict=True):
+            if name not in refused:
+                choices[export.types[name]] = picked[name]  # a later one is written in as many bytes, and is better
+    for name, choices in zip(forms.names, kept, strict=True):
+        if not choices:
+            raise InfeasibleTarget(f"{job.target.size_of} takes no form of {name}: {reasons[name]}", (0.0, 0.0))
+    return replace(forms, choices=[list(choices.values()) for choices in kept])
 
 
 def _require_feasible(job: Job, settings: dict[str, Any], limit: float, feasible: tuple[float, float]) -> None:
@@ -271,14 +307,19 @@ def _mix(
 
 def _in_order(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
     """Results of the calls in order, computed lazily on ``workers`` threads (NumPy lets go of the interpreter)."""
-    if workers == 1:
-        return (function(*a) for a in arguments)
-    from joblib import Parallel, delayed
-
-    # No look-ahead beyond the workers: every result that waits is a matrix in memory.
-    pool = Parallel(n_jobs=workers, backend="threading", return_as="generator", pre_dispatch=workers, batch_size=1)
-    results: Iterator[T] = pool(delayed(function)(*a) for a in arguments)
-    return results
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for each in arguments:
+                # Every result that waits is a matrix in memory: none is begun before there is room for it.
+                if len(waiting) == workers:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(function, *each))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def run(planned: Plan, output: str | Path, progress: Progress | None = None) -> ir.Model:

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 from anyquant.console import mebibytes, table
-from anyquant.errors import AnyquantError
 from anyquant.exporters.protocol import ExportPlan
 from anyquant.inspection import check_export, form_name
 from anyquant.pipeline import Plan
@@ -35,15 +34,8 @@ def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
         },
     }
     if exports:
-        data["exports"] = {name: _export(planned, name) for name in plugins(EXPORTERS)}
+        data["exports"] = {name: check_export(planned.model, name) for name in plugins(EXPORTERS)}
     return data
-
-
-def _export(planned: Plan, exporter: str) -> dict[str, Any]:
-    try:
-        return check_export(planned.model, exporter)
-    except AnyquantError as error:
-        return {"error": str(error)}
 
 
 def _bits_line(data: dict[str, Any]) -> str:
@@ -55,17 +47,19 @@ def _bits_line(data: dict[str, Any]) -> str:
 
 def plan_text(data: dict[str, Any]) -> str:
     """The plan as a table of 80 columns."""
-    rows = [("source", f"{data['source_bytes']:,}", mebibytes(data["source_bytes"]), "")]
-    rows.append(("ir", f"{data['bytes']:,}", mebibytes(data["bytes"]), ""))
+    rows = [("source", f"{data['source_bytes']:,}", mebibytes(data["source_bytes"]), "", "")]
+    rows.append(("ir", f"{data['bytes']:,}", mebibytes(data["bytes"]), mebibytes(data["peak_memory"]), "-"))
     remarks = []
     for name, export in data["exports"].items():
         if "error" in export:
-            rows.append((name, "-", "-", "no"))
+            rows.append((name, "no", "", "", ""))
             remarks.append(f"{name}: {export['error']}")
             continue
-        verdict = f"{len(export['refusals'])} tensors refused" if export["refusals"] else ""
-        rows.append((name, f"{export['bytes']:,}", mebibytes(export["bytes"]), verdict))
-        remarks += [f"{name}: {text}" for text in (*export["refusals"][:2], *export["notes"])]
+        needs = (mebibytes(export["peak_memory"]), mebibytes(export["temporary_disk"]))
+        rows.append((name, f"{export['bytes']:,}", mebibytes(export["bytes"]), *needs))
+        if export["refusals"]:
+            remarks.append(f"{name}: {len(export['refusals'])} tensors refused, the first {export['refusals'][0]}")
+        remarks += [f"{name}: {text}" for text in export["notes"]]
     forms = ", ".join(f"{count} x {form}" for form, count in data["forms"].items())
     unit = "bits" if data["settings"]["target"].get("bits") else "bytes"
     low, high = data["feasible"]
@@ -76,9 +70,8 @@ def plan_text(data: dict[str, Any]) -> str:
             if unit == "bits"
             else f"feasible: {low:,} to {high:,} {unit}",
             f"tensors: {forms}",
-            f"memory: about {mebibytes(data['peak_memory'])}",
             "",
-            table(("file", "bytes", "", ""), rows),
+            table(("to make", "bytes", "", "memory", "temporary disk"), rows),
             *remarks,
         ]
     )

@@ -109,9 +109,10 @@ def test_inspect(invoke: Callable[..., Result], tiny_llama: Path) -> None:
     assert data["matrices"] == 14
     assert data["row_lengths"] == {"64": 12, "96": 2}
     assert data["aliases"] == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert data["feasible_bits"] == {"block": pytest.approx([2.25, 8.25])}
+    assert data["feasible_bits"] == {"block": pytest.approx({"fewest": 2.25, "most": 8.25})}
+    assert data["exporters"] == {"gguf": "yes", "onnx": "yes"}
     text = invoke("inspect", tiny_llama).out
-    assert "2.25 to 8.25" in text
+    assert "block: (fewest: 2.25, most: 8.25)" in text
     assert invoke("inspect", tiny_llama, "--quiet").out == ""
 
 
@@ -182,6 +183,7 @@ def test_lists_and_doctor(invoke: Callable[..., Result]) -> None:
     assert [m["name"] for m in invoke("methods", "--json").data["methods"]] == ["block"]  # type: ignore[attr-defined]
     assert [e["name"] for e in invoke("exporters", "--json").data["exporters"]] == ["gguf", "onnx"]  # type: ignore[attr-defined]
     assert "floating point" in invoke("methods").out
+    assert "llama.cpp" in invoke("exporters").out
     data = invoke("doctor", "--json").data
     assert data["problems"] == []
     assert "anyquant 0." in invoke("doctor").out
@@ -261,8 +263,7 @@ def test_a_narrow_terminal(tiny_llama: Path) -> None:
         check=True,
         env={**os.environ, "COLUMNS": "80"},
     )
-    lines = result.stdout.splitlines()
-    assert max(len(line) for line in lines[: lines.index("") + 6]) <= 80
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert "\x1b" not in result.stdout + result.stderr
 
 

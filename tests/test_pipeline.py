@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InfeasibleTarget, InputError, NonFiniteError, UsageError
-from anyquant.pipeline import Job, Plan, Target, feasible_bits, plan, run
+from anyquant.pipeline import Job, Plan, Target, _in_order, feasible_bits, plan, run
 
 
 def planned(folder: Path, **target: object) -> Plan:
@@ -120,10 +122,54 @@ def test_counting_codes_alone(tiny_llama: Path) -> None:
     assert feasible_bits(open_checkpoint(str(tiny_llama)), job) == pytest.approx((2.0, 8.0))
 
 
-@pytest.mark.parametrize("target", [{}, {"bits": 4.0, "size": 5}, {"bits": -1.0}, {"bits": float("nan")}])
-def test_bad_targets(target: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="--bits"):
-        Target(**target)  # type: ignore[arg-type]
+def test_a_size_for_an_exporter_takes_only_forms_that_it_writes(tiny_checkpoint: Callable[..., Path]) -> None:
+    pytest.importorskip("gguf")
+    # Rows of 48 are no whole blocks of any stock type.
+    with pytest.raises(InfeasibleTarget, match=r"gguf takes no form of model\.layers\.0.*--layout f32"):
+        planned(tiny_checkpoint("llama", hidden=48), size=10**9, size_of="gguf")
+    # Widths 2 to 4, and 6 to 8, are written in as many bytes: only the best of each is worth taking.
+    for size in (150_000, 180_000, 10**9):
+        assert widths(planned(tiny_checkpoint("llama"), size=size, size_of="gguf").model) <= {4, 5, 8}
+
+
+def test_no_more_matrices_are_in_memory_than_workers() -> None:
+    running, most = 0, 0
+
+    def unit(number: int) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        return number
+
+    results = []
+    for number in _in_order(unit, [(i,) for i in range(40)], 3):
+        results.append(number)
+        time.sleep(0.002)  # a slow disk: the results must wait, not pile up
+        running -= 1
+    assert results == list(range(40))
+    assert most <= 4  # three that wait or work, and the one that is being written
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_in_a_worker_comes_out(workers: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(_in_order(lambda n: 1 // (n - 5), [(i,) for i in range(20)], workers))
+
+
+@pytest.mark.parametrize(
+    ("target", "word"),
+    [
+        ({}, "exactly one"),
+        ({"bits": 4.0, "size": 5}, "exactly one"),
+        ({"bits": -1.0}, "positive"),
+        ({"bits": float("nan")}, "positive"),
+        ({"bits": 4.0, "size_of": "gguf"}, "--for gguf"),
+        ({"size": 5, "count": "index"}, "--count index"),
+    ],
+)
+def test_bad_targets(target: dict[str, Any], word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        Target(**target)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])

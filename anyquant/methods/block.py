@@ -29,7 +29,7 @@ class BlockMethod:
     """BFP with one element width per matrix."""
 
     name = "block"
-    summary = "block floating point, 2 to 8 bits, data-free; runs as stock types everywhere"
+    summary = "block floating point, 2 to 8 bits, data-free"
 
     def settings(self, options: Settings) -> dict[str, Any]:
         """Complete and check the options: block, 16 or 32.
