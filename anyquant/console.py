@@ -13,13 +13,14 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from anyquant.errors import AnyquantError, InputError, MachineError, UsageError, ValidationFailed
 
-Progress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from anyquant import ir
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -70,7 +71,7 @@ class Output:
             click.echo("\n".join(map(_wrapped, text().splitlines())))
 
     @contextmanager
-    def progress(self, label: str) -> Iterator[Progress | None]:
+    def progress(self, label: str) -> Iterator[ir.Progress | None]:
         """A progress bar on stderr; none where stderr is not a terminal."""
         if self.quiet or not sys.stderr.isatty():
             yield None

@@ -86,8 +86,9 @@ class MissingDependency(AnyquantError):
     exit_code = 5
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        """Say which package is needed for what, and the pip command that brings it."""
-        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'anyquant[{extra}]'")
+        """Say what needs which package, and the pip command: the extra's, or the package's own where extra is ""."""
+        command = f"pip install 'anyquant[{extra}]'" if extra else f"pip install {package}"
+        super().__init__(f"{purpose} needs the package {package!r}. Install it with: {command}")
         self.package, self.extra = package, extra
 
 

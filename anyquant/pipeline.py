@@ -24,7 +24,6 @@ from anyquant.methods import Method, get_method
 if TYPE_CHECKING:
     from anyquant.exporters.protocol import ExportPlan
 
-Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 # Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
@@ -185,7 +184,7 @@ def feasible_bits(checkpoint: Checkpoint, job: Job) -> tuple[float, float]:
     return forms.bits(uniform[0], job.target.count), forms.bits(uniform[-1], job.target.count)
 
 
-def plan(checkpoint: Checkpoint, job: Job, progress: Progress | None = None) -> Plan:
+def plan(checkpoint: Checkpoint, job: Job, progress: ir.Progress | None = None) -> Plan:
     """Work out a job.
 
     Args:
@@ -285,7 +284,7 @@ def _mix(
     forms: _Forms,
     cost: Callable[[Sequence[int]], float],
     limit: float,
-    progress: Progress | None,
+    progress: ir.Progress | None,
 ) -> list[int]:
     """Choose a form per matrix by measured relative error."""
 
@@ -322,7 +321,7 @@ def _in_order(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], 
                 future.cancel()
 
 
-def run(planned: Plan, output: str | Path, progress: Progress | None = None) -> ir.Model:
+def run(planned: Plan, output: str | Path, progress: ir.Progress | None = None) -> ir.Model:
     """Quantize as planned and write the IR folder.
 
     Raises:

@@ -6,7 +6,7 @@ intermediate representation exactly or refuse; they never quantize.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +17,6 @@ from anyquant import ir
 from anyquant.errors import ExportRefused
 
 LAYOUTS = ("native", "f32", "f16")
-
-Progress = Callable[[str, int, int], None]
-"""Called with (tensor name, tensors done, tensors in all)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Exporter(Protocol):
         """
 
     def export(
-        self, model: ir.Model, path: Path, options: ExportOptions, progress: Progress | None = None
+        self, model: ir.Model, path: Path, options: ExportOptions, progress: ir.Progress | None = None
     ) -> ExportPlan:
         """Write the model under a temporary name and rename; raise ExportRefused where values do not fit."""
 

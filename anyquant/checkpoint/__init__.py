@@ -14,7 +14,7 @@ __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """Open a model for reading; only headers are read.
+    """Open a model for reading; only headers are read, though a hub id is first downloaded with its weights.
 
     Args:
         model: a folder with config.json and safetensors, a .gguf file, or a hub id ("owner/model", also

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,16 @@ class BaseCheckpoint(ABC):
         return names.embeddings(self.tensors.values())
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) over config, names, shapes, dtypes, aliases and file contents.
+        """Return a SHA-256 (hex) over config, names, shapes, dtypes, aliases and file contents, read once.
 
         Files up to 1 GiB are hashed whole. Of a larger file the size, the first MiB (header) and 4096 evenly
         spaced pages of 4 KiB, the last page among them, are hashed: enough to tell checkpoints apart, not a proof
         against someone who edits a file on purpose.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         sha = hashlib.sha256()
         head = {
             "config": self.config,

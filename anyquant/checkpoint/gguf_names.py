@@ -3,7 +3,7 @@
 llama.cpp's converter renames every tensor, permutes the query and key rows of llama-like models (its
 rotary embedding pairs neighbouring rows, transformers pairs the halves of a head), adds 1 to the norms
 of Gemma and transposes GPT-2's Conv1D weights. The reader undoes this and the exporter does it again,
-both from the tables here. This module imports nothing but NumPy.
+both from the tables here. This module imports nothing but NumPy and the errors.
 
 Every function takes the architecture either as GGUF calls it (``general.architecture``) or as transformers
 does (``model_type``).
@@ -16,6 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from anyquant.errors import CorruptFileError
+
+_LARGEST_SIZE = 1 << 20  # of a width or a number of heads; no model comes near it
 
 _ROTARY_LAYER = {
     "attn_norm": "input_layernorm",
@@ -80,6 +84,14 @@ MODEL_TYPES: dict[str, str] = {
 }
 """transformers ``model_type`` -> GGUF architecture."""
 
+MODEL_CLASSES = frozenset(
+    {
+        "LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen2Model",
+        "Qwen3ForCausalLM", "Qwen3Model", "GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel",
+    }
+)  # fmt: skip
+"""The ``architectures`` of config.json that these families have."""
+
 ROPE_TENSORS: tuple[str, ...] = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """GGUF tensors that hold rotary scaling factors: part of config.json, not of a Hugging Face checkpoint."""
 
@@ -140,8 +152,66 @@ def hf_to_gguf_name(arch: str, name: str) -> str | None:
     return None
 
 
+def checked_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a width or a count of a configuration, which anyone may have written.
+
+    Args:
+        config: a model's config.json.
+        key: what to look up.
+        default: stands in for a key that is absent or null; None where there must be one.
+
+    Raises:
+        CorruptFileError: absent, no whole number, or beyond any model; names the key.
+    """
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
+        raise CorruptFileError(
+            f"{key} of the configuration is {value!r:.40}, must be a whole number in 1..{_LARGEST_SIZE}. "
+            "Compare with the config.json of the original model."
+        )
+    return value
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Return the rows of one attention head.
+
+    Raises:
+        CorruptFileError: the sizes that it follows from are missing or odd.
+    """
+    if config.get("head_dim") is not None:
+        size = checked_size(config, "head_dim")
+    else:
+        size = checked_size(config, "hidden_size") // checked_size(config, "num_attention_heads")
+    if size < 2 or size % 2:
+        raise CorruptFileError(
+            f"a head has {size} rows by head_dim, or hidden_size and num_attention_heads, of the configuration, "
+            "must be an even number. Compare with the config.json of the original model."
+        )
+    return size
+
+
+def rows_by_heads(arch: str, hf_name: str, config: Mapping[str, Any]) -> int | None:
+    """Return how many rows the configuration gives a tensor whose rows GGUF reorders; None for any other tensor.
+
+    Raises:
+        CorruptFileError: the heads in the configuration are missing or odd.
+    """
+    if gguf_architecture(arch) != "llama":
+        return None
+    match = re.search(r"\.self_attn\.([qk])_proj\.(?:weight|bias)$", "." + hf_name)
+    if match is None:
+        return None
+    heads = checked_size(config, "num_attention_heads")
+    if match[1] == "k":
+        heads = checked_size(config, "num_key_value_heads", heads)
+    return heads * head_dim(config)
+
+
 def row_permutation(arch: str, hf_name: str, config: Mapping[str, Any]) -> np.ndarray | None:
     """Return the order in which GGUF keeps the rows of a tensor.
+
+    Where the configuration is not to be trusted, compare :func:`rows_by_heads` with the tensor first: the array
+    has as many items.
 
     Args:
         arch: architecture.
@@ -151,18 +221,15 @@ def row_permutation(arch: str, hf_name: str, config: Mapping[str, Any]) -> np.nd
     Returns:
         int64 index array p of length rows with ``gguf_rows = hf_rows[p]``, or None where the order is the same.
         ``hf_rows = gguf_rows[inverse_permutation(p)]``.
+
+    Raises:
+        CorruptFileError: the heads in the configuration are missing or odd.
     """
-    if gguf_architecture(arch) != "llama":
+    rows = rows_by_heads(arch, hf_name, config)
+    if rows is None:
         return None
-    match = re.search(r"\.self_attn\.([qk])_proj\.(?:weight|bias)$", "." + hf_name)
-    if match is None:
-        return None
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    if match[1] == "k":
-        heads = int(config.get("num_key_value_heads") or heads)
-    order = np.arange(heads * head_dim, dtype=np.int64)
-    return order.reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+    order = np.arange(rows, dtype=np.int64)
+    return order.reshape(-1, 2, head_dim(config) // 2).swapaxes(1, 2).reshape(-1)
 
 
 def inverse_permutation(order: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from anyquant.errors import CorruptFileError, InputError
 
 log = logging.getLogger(__name__)
 
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "*.jinja", "*.model", "tekken.json",
@@ -180,23 +180,13 @@ class HuggingFaceCheckpoint(BaseCheckpoint):
         return {p.name: p for p in found if any(fnmatch(p.name, pattern) for pattern in self._patterns)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path.name} in {path.parent.name} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path.name} in {path.parent.name} is not a JSON object.")
-    return value
-
-
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"Give the GGUF file itself: {folder / ggufs[0]}" if ggufs else "Give a model's folder."
         raise InputError(f"{name}: there is no config.json in this folder. {hint}")
-    config = _read_json(path)
+    config = ir.read_json(path)
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         found = part.get("quantization_config") or part.get("compression_config")
@@ -210,10 +200,10 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _open_shards(folder: Path, name: str) -> list[SafetensorsFile]:
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         return _open_index(folder, index)
-    single = folder / "model.safetensors"
+    single = folder / SINGLE
     paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not paths:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -225,21 +215,32 @@ def _open_shards(folder: Path, name: str) -> list[SafetensorsFile]:
         raise InputError(f"{name}: there is no .safetensors file in this folder. Give a model's folder.")
     if len(paths) > 1:
         raise InputError(
-            f"{name}: holds {len(paths)} .safetensors files but no {_INDEX} that says how they belong together. "
+            f"{name}: holds {len(paths)} .safetensors files but no {INDEX} that says how they belong together. "
             "Download the index too."
         )
     return [SafetensorsFile(paths[0])]
 
 
-def _open_index(folder: Path, index: Path) -> list[SafetensorsFile]:
-    """Open the shards that an index lists and check that each holds just what the index says."""
-    weight_map = _read_json(index).get("weight_map")
+def read_index(index: Path) -> dict[str, str]:
+    """Read which shard holds which tensor: tensor name -> plain file name.
+
+    Raises:
+        CorruptFileError: it does not say so.
+    """
+    weight_map = ir.read_json(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
         raise CorruptFileError(f"{index.name}: has no weight_map from tensor names to file names.")
-    shards = []
-    for file in sorted(set(weight_map.values())):
+    for file in weight_map.values():
         if Path(file).name != file:
             raise CorruptFileError(f"{index.name}: names the shard {file!r}, which is not a plain file name.")
+    return weight_map
+
+
+def _open_index(folder: Path, index: Path) -> list[SafetensorsFile]:
+    """Open the shards that an index lists and check that each holds just what the index says."""
+    weight_map = read_index(index)
+    shards = []
+    for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise InputError(f"{index.name}: the shard {file} is missing. Download the model again.")
         shard = SafetensorsFile(folder / file)

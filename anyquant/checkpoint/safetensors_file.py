@@ -1,7 +1,8 @@
 """A safetensors file opened from its header alone; values are views into a memory map.
 
 The header is checked against the file before anything is allocated, and nothing in it is trusted: sizes,
-offsets, overlaps, duplicate names. The safetensors library is not used because its NumPy side has no BF16.
+offsets, overlaps, duplicate names. The safetensors library, through which the IR reads its own files, is not used
+because its NumPy side has no BF16 and gives copies instead of views.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 from anyquant.ir.container import Model, file_sizes, open_ir
 from anyquant.ir.dequantize import block_integers, dequantize, digest, row_chunks, tensor_digest
 from anyquant.ir.ggml_blocks import dequantize_blocks
+from anyquant.ir.json_io import read_json
 from anyquant.ir.manifest import Entry
 from anyquant.ir.safetensors_io import write_safetensors
 from anyquant.ir.spec import (
@@ -21,7 +22,7 @@ from anyquant.ir.spec import (
     Spec,
 )
 from anyquant.ir.tensor import ZERO_BLOCK, Tensor
-from anyquant.ir.writer import refuse_existing, write_ir
+from anyquant.ir.writer import Progress, refuse_existing, write_ir
 
 __all__ = [
     "DENSE_DTYPES",
@@ -34,6 +35,7 @@ __all__ = [
     "Entry",
     "GGMLSpec",
     "Model",
+    "Progress",
     "Spec",
     "Tensor",
     "block_integers",
@@ -42,6 +44,7 @@ __all__ = [
     "digest",
     "file_sizes",
     "open_ir",
+    "read_json",
     "refuse_existing",
     "row_chunks",
     "tensor_digest",

@@ -213,7 +213,12 @@ def open_ir(path: str | Path) -> Model:
 
 def _open(path: Path) -> Model:
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder. An IR folder is what 'anyquant quantize MODEL -o {path}' writes.")
+        model, folder = (path, f"{path.stem}-quantized") if path.is_file() else ("MODEL", path)
+        raise InputError(f"{path} is not a folder. 'anyquant quantize {model} -o {folder}' writes an IR folder.")
+    if not (path / MANIFEST).exists():
+        raise InputError(
+            f"{MANIFEST} is missing in {path}: not a folder of anyquant's. 'anyquant quantize MODEL -o DIR' writes one."
+        )
     manifest = parse_manifest(read_json(path / MANIFEST, finite=True))
     config = read_json(path / "config.json")  # some families' hold Infinity
     config.pop("quantization_config", None)

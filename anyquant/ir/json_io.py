@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ _MAX_BYTES = 64 << 20  # 200,000 tensors; what JSON expands to in memory is many
 _MAX_DEPTH = 64
 
 
+@lru_cache(1 << 16)  # a search for a size asks for the same names hundreds of times
+def quoted(text: str) -> str:
+    """A string as JSON, in ASCII."""
+    return json.dumps(text)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r:.80} occurs twice in one object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.80} occurs twice in one object")
+        found[key] = value
     return found
 
 
@@ -60,12 +67,14 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     """
     try:
         if not path.exists():
-            raise InputError(f"{path.name} is missing in {path.parent}: not a folder of anyquant's")
+            raise InputError(f"{path.name} is missing in {path.parent}")
         if not path.is_file():
             raise CorruptFileError(f"{path.name} in {path.parent} is not a regular file")
         size = path.stat().st_size
         if size > _MAX_BYTES:
-            raise CorruptFileError(f"{path.name} has {size:,} bytes; no model needs more than {_MAX_BYTES:,}")
+            raise CorruptFileError(
+                f"{path.name} in {path.parent} has {size:,} bytes; no model needs more than {_MAX_BYTES:,}"
+            )
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path.name} in {path.parent}: {error.strerror or error}") from None
@@ -73,7 +82,7 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_object)
         check_tree(value, finite=finite)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path.name} is not valid JSON: {error}") from None
+        raise CorruptFileError(f"{path.name} in {path.parent} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{path.name} holds a {type(value).__name__}, not a JSON object")
+        raise CorruptFileError(f"{path.name} in {path.parent} holds a {type(value).__name__}, not a JSON object")
     return value

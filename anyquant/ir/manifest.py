@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from anyquant.errors import AnyquantError, CorruptFileError, InputError
+from anyquant.ir.json_io import quoted
 from anyquant.ir.spec import Spec, spec_from_json, spec_to_json
 
 if TYPE_CHECKING:
@@ -51,29 +53,37 @@ class Manifest:
     entries: dict[str, Entry]
 
 
-def _error_json(name: str, entry: Entry) -> str:
+def _error_json(name: str, error: float | None) -> str:
     """Twelve characters whatever the error, so that the size of the file is known before the values."""
-    if not entry.quantized:
-        return "null"
-    error = float(entry.error or 0.0)
+    error = float(error or 0.0)
     if not 0 <= error < 9e99:
         raise AnyquantError(f"{name}: error {error!r} is not a number in 0..9e99")
     return f"{0.0 if error < 1e-99 else error:.6e}"  # a third digit of the exponent would be a thirteenth character
 
 
-def _entry_json(name: str, entry: Entry) -> str:
+@lru_cache(1 << 12)  # layers repeat, and a search for a size asks for hundreds of manifests
+def _fixed_json(spec: Spec, quantized: bool, source_transposed: bool) -> str:
     fixed = {
-        **spec_to_json(entry.spec),
-        "quantized": entry.quantized,
-        "source_transposed": entry.source_transposed,
-        "bits_per_weight": round(entry.spec.bits_per_weight, 6),
-        "sha256": entry.sha256,
+        **spec_to_json(spec),
+        "quantized": quantized,
+        "source_transposed": source_transposed,
+        "bits_per_weight": round(spec.bits_per_weight, 6),
     }
-    return f'{json.dumps(fixed)[:-1]}, "error": {_error_json(name, entry)}}}'
+    return json.dumps(fixed)[:-1]
 
 
-def manifest_json(model: Model) -> str:
+def _line(name: str, entry: Entry, sha256: str, error: float | None) -> str:
+    fixed = _fixed_json(entry.spec, entry.quantized, entry.source_transposed)
+    lost = _error_json(name, error) if entry.quantized else "null"
+    return f'  {quoted(name)}: {fixed}, "sha256": "{sha256}", "error": {lost}}}'
+
+
+def manifest_json(model: Model, *, planned: bool = False) -> str:
     """The text of the file for a model, in ASCII.
+
+    Args:
+        model: the model.
+        planned: whether digests and errors are not known yet; the text is as long as the final one.
 
     Raises:
         AnyquantError: settings, source or calibration hold something that is not JSON, or an error is negative or NaN.
@@ -87,7 +97,10 @@ def manifest_json(model: Model) -> str:
         "calibration": model.calibration,
         "aliases": model.aliases,
     }
-    lines = ",\n".join(f"  {json.dumps(name)}: {_entry_json(name, entry)}" for name, entry in model.entries.items())
+    lines = ",\n".join(
+        _line(name, entry, *((_PLACEHOLDER_DIGEST, 0.0) if planned else (entry.sha256, entry.error)))
+        for name, entry in model.entries.items()
+    )
     try:
         text = json.dumps(head, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -95,15 +108,9 @@ def manifest_json(model: Model) -> str:
     return text[:-2] + ',\n "tensors": {\n' + lines + "\n }\n}\n"
 
 
-def planned_manifest(model: Model) -> str:
-    """The text of the file before digests and errors are known, as long as the final one."""
-    entries = {name: replace(e, sha256=_PLACEHOLDER_DIGEST, error=0.0) for name, e in model.entries.items()}
-    return manifest_json(replace(model, entries=entries))
-
-
 def manifest_size(model: Model) -> int:
     """Bytes of the file, known before digests and errors are."""
-    return len(planned_manifest(model))
+    return len(manifest_json(model, planned=True))
 
 
 def _take(value: dict[str, Any], key: str, kind: type, where: str) -> Any:

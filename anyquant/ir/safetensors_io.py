@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from anyquant.errors import AnyquantError, CorruptFileError, InputError, MachineError
+from anyquant.ir.json_io import quoted
 
 Entry = tuple[str, np.dtype[Any], tuple[int, ...]]
 """(key, dtype, shape) of one array."""
@@ -28,21 +30,30 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
     return _NAMES[dtype.str[1:]]
 
 
-def _header(entries: Sequence[Entry], metadata: dict[str, str] | None) -> bytes:
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+@lru_cache(1 << 12)  # layers repeat, and a search for a size asks for hundreds of headers
+def _form(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, int]:
+    """The part of an array's JSON object that says its form, and its bytes."""
+    text = json.dumps({"dtype": _dtype_name(dtype), "shape": list(shape)}, separators=(",", ":"))
+    return text[1:-1], dtype.itemsize * prod(shape)
+
+
+def _header(entries: Sequence[Entry], metadata: dict[str, str] | None) -> tuple[bytes, int]:
+    """The header, and the bytes of the arrays that follow it."""
+    parts = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}'] if metadata else []
     offset = 0
     for key, dtype, shape in entries:
-        size = dtype.itemsize * prod(shape)
-        header[key] = {"dtype": _dtype_name(dtype), "shape": list(shape), "data_offsets": [offset, offset + size]}
+        form, size = _form(dtype, shape)
+        parts.append(f'{quoted(key)}:{{{form},"data_offsets":[{offset},{offset + size}]}}')
         offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = f"{{{','.join(parts)}}}".encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, offset
 
 
 def file_size(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> int:
     """Bytes of the file that :func:`write_safetensors` makes of these entries."""
-    return len(_header(entries, metadata)) + sum(dtype.itemsize * prod(shape) for _, dtype, shape in entries)
+    header, nbytes = _header(entries, metadata)
+    return len(header) + nbytes
 
 
 def write_safetensors(
@@ -60,7 +71,7 @@ def write_safetensors(
         file = path.open("xb")
     with file:
         with _writing(path, entries, metadata):
-            file.write(_header(entries, metadata))
+            file.write(_header(entries, metadata)[0])
         # Only the writing is guarded: an array's producer has its own errors.
         for (key, dtype, shape), array in zip(entries, arrays, strict=True):
             if array.dtype != dtype or array.shape != shape:

@@ -6,6 +6,7 @@ A spec determines the name, dtype and shape of every stored array, so it is all 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import ceil, prod
 from typing import Any, ClassVar
 
@@ -86,7 +87,7 @@ class _Spec:
         """Number of weights."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Every stored byte: codes, codebooks, bit map, scales, outliers, indices."""
         return sum(dtype.itemsize * prod(shape) for dtype, shape in self.arrays().values())

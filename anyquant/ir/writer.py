@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anyquant.errors import AnyquantError, CorruptFileError, MachineError, UsageError
+from anyquant.errors import AnyquantError, CorruptFileError, InputError, MachineError, UsageError
 from anyquant.ir.container import (
     INDEX,
     SHARD_BYTES,
@@ -26,9 +26,12 @@ from anyquant.ir.container import (
 )
 from anyquant.ir.dequantize import tensor_digest
 from anyquant.ir.json_io import check_tree
-from anyquant.ir.manifest import MANIFEST, Manifest, manifest_json, parse_manifest, planned_manifest
+from anyquant.ir.manifest import MANIFEST, Manifest, check_name, manifest_json, parse_manifest
 from anyquant.ir.safetensors_io import write_safetensors
 from anyquant.ir.tensor import Tensor, as_stored
+
+Progress = Callable[[str, int, int], None]
+"""Called with (name, done, all) as work goes on."""
 
 
 def refuse_existing(path: Path) -> None:
@@ -50,11 +53,19 @@ def refuse_existing(path: Path) -> None:
 def _refuse_unreadable(model: Model) -> None:
     """Refuse, before any work, what could not be read back as it is."""
     try:
-        text = planned_manifest(model)
-        value = json.loads(text)
+        for name in (*model.entries, *model.aliases):
+            check_name(name)
+        check_tree(model.source, finite=True)
+        check_tree(model.config, finite=False)
+    except (ValueError, CorruptFileError) as error:
+        raise InputError(
+            f"what the model {model.source.get('name')!a:.80} says of itself could not be read back: {error}. "
+            "Rename its file or tensor, or repair its config.json."
+        ) from error
+    try:
+        check_tree(json.loads(config_json(model)), finite=False)
+        value = json.loads(manifest_json(model, planned=True))
         check_tree(value, finite=True)
-        config = json.loads(config_json(model))
-        check_tree(config, finite=False)
         manifest = parse_manifest(value)
     except (TypeError, ValueError, RecursionError, CorruptFileError) as error:
         raise AnyquantError(f"the description of the model could not be read back: {error}") from error
@@ -94,7 +105,7 @@ def write_ir(
     quantize: Callable[[str], tuple[Tensor, float | None]],
     write_side_files: Callable[[Path], None] | None = None,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Model:
     """Write the folder that ``model``, a plan, describes, and open it.
@@ -104,13 +115,14 @@ def write_ir(
         model: the description; its entries give the order and the specs.
         quantize: name -> (tensor of the promised spec, its error), called once per name in order.
         write_side_files: writes tokenizer and other files into the folder it is given.
-        progress: called with (name, done, all) after each tensor.
+        progress: called after each tensor.
         shard_bytes: most bytes of tensors in one safetensors file.
 
     Raises:
         UsageError: the folder exists and is not empty.
         MachineError: the disk is full. Nothing is left under the final name.
-        AnyquantError: the description could not be read back, or a tensor is not what was promised.
+        InputError: a name or the config of the source could not be read back.
+        AnyquantError: the rest of the description could not, or a tensor is not what was promised.
     """
     path = Path(os.path.abspath(path))
     refuse_existing(path)
@@ -137,7 +149,7 @@ def _write_files(
     folder: Path,
     model: Model,
     quantize: Callable[[str], tuple[Tensor, float | None]],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
     shard_bytes: int,
 ) -> None:
     done = dict(model.entries)

@@ -1,8 +1,8 @@
-"""An IR folder as a transformers model, its weights dequantized by the oracle."""
+"""Dequantized weights as a transformers model: of an IR folder, or of a checkpoint that transformers cannot read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.errors import CorruptFileError, UnknownArchitecture
+from anyquant.runtime import native
 
 if TYPE_CHECKING:
     import torch
@@ -17,22 +18,46 @@ if TYPE_CHECKING:
 
 
 def checkpoint_tensors(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (checkpoint name, FP32 values) as the source checkpoint stores them, one tensor at a time.
+    """Yield (checkpoint name, FP32 values) as the source checkpoint stores them; see :func:`as_stored`."""
+    turned = {name for name, entry in model.entries.items() if entry.source_transposed}
+    return as_stored(model.entries, model.dequantize, turned)
 
-    Conv1D weights are turned back to [in, out] and experts "name#e" are stacked again; aliases are left out.
+
+def as_stored(
+    names: Iterable[str], read: Callable[[str], np.ndarray], transposed: Container[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (checkpoint name, values) as a checkpoint stores them, one tensor at a time.
+
+    Conv1D weights are turned back to [in, out]; experts "name#0", "name#1", ... are stacked again, by number.
+
+    Args:
+        names: of all tensors, experts one by one.
+        read: gives the values of a name, matrices as [out, in].
+        transposed: the names to turn.
+
+    Raises:
+        CorruptFileError: the experts of a tensor are not numbered 0 to n - 1.
     """
-    experts: dict[str, list[str]] = {}
-    for name in model.entries:
-        if "#" in name:
-            experts.setdefault(name.rpartition("#")[0], []).append(name)
-    for name, entry in model.entries.items():
-        stored, _, number = name.rpartition("#")
-        if not stored:
-            values = model.dequantize(name)
-            yield name, np.ascontiguousarray(values.T) if entry.source_transposed else values
-        elif number == "0":
-            parts = [model.dequantize(part) for part in experts[stored]]
-            yield stored, np.stack([part.T for part in parts] if entry.source_transposed else parts)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        stored, mark, _ = name.rpartition("#")
+        groups.setdefault(stored if mark else name, []).append(name)
+
+    def values(name: str) -> np.ndarray:
+        return np.ascontiguousarray(read(name).T) if name in transposed else read(name)
+
+    for stored, members in groups.items():
+        if members == [stored]:
+            yield stored, values(stored)
+            continue
+        experts = [f"{stored}#{number}" for number in range(len(members))]
+        wrong = sorted(set(members) - set(experts))
+        if wrong:
+            raise CorruptFileError(
+                f"{wrong[0]}: {stored} has {len(members)} experts, so they are numbered 0 to {len(members) - 1}. "
+                "Some are missing or were renamed: make the folder again."
+            )
+        yield stored, np.stack([values(expert) for expert in experts])
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -48,47 +73,78 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
         CorruptFileError: the folder is damaged, or its tensors are not those of the architecture.
         UnknownArchitecture: transformers has no such causal language model.
     """
-    import torch
     from transformers import GenerationConfig
 
+    native.install()
     folder = Path(path)
     model = ir.open_ir(folder)
-    config, architecture = _architecture(model, folder, trust_remote_code)
-    dtype = dtype or torch.float32
-    state = {name: torch.from_numpy(values).to(dtype) for name, values in checkpoint_tensors(model)}
-    for alias, name in model.aliases.items():
-        state.setdefault(alias, state[name])
-    loaded, report = architecture.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    code = folder if trust_remote_code and "AutoModelForCausalLM" in model.config.get("auto_map", {}) else None
+    loaded = model_from_state(
+        model.config, checkpoint_tensors(model), model.aliases, str(path), dtype=dtype, code_folder=code
     )
-    _require_complete(report, path)
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
+
+
+def model_from_state(
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    aliases: Mapping[str, str],
+    where: str,
+    *,
+    dtype: torch.dtype | None = None,
+    code_folder: Path | None = None,
+) -> PreTrainedModel:
+    """A causal language model of transformers with these weights and no others, in evaluation mode.
+
+    Args:
+        config: the content of config.json.
+        tensors: (checkpoint name, FP32 values) as the checkpoint stores them.
+        aliases: name -> the tensor it shares.
+        where: the weights come from, for messages.
+        dtype: of the parameters; FP32 unless given.
+        code_folder: holds the model's own code, to be trusted; None takes transformers' classes.
+
+    Raises:
+        UnknownArchitecture: transformers has no such causal language model.
+        CorruptFileError: tensors are missing, too many, or of another shape.
+    """
+    import torch
+
+    settings, architecture = _architecture(config, where, code_folder)
+    dtype = dtype or torch.float32
+    state = {name: torch.from_numpy(values).to(dtype) for name, values in tensors}
+    for alias, name in aliases.items():
+        state.setdefault(alias, state[name])
+    loaded, report = architecture.from_pretrained(
+        None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    _require_complete(report, where)
     result: PreTrainedModel = loaded.eval()
     return result
 
 
-def _architecture(model: ir.Model, folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+def _architecture(config: dict[str, Any], where: str, code_folder: Path | None) -> tuple[Any, Any]:
     """The configuration, and the class of causal language models that goes with it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    if trust_remote_code and "AutoModelForCausalLM" in model.config.get("auto_map", {}):
+    if code_folder is not None:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        return config, get_class_from_dynamic_module(model.config["auto_map"]["AutoModelForCausalLM"], folder)
-    model_type = model.config.get("model_type")
+        settings = AutoConfig.from_pretrained(code_folder, trust_remote_code=True)
+        return settings, get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], code_folder)
     try:
-        config = AutoConfig.for_model(**model.config)
-        return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        settings = AutoConfig.for_model(**config)
+        return settings, MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
     except (KeyError, ValueError, TypeError) as error:
         raise UnknownArchitecture(
-            f"transformers has no causal language model for model_type {model_type!r} ({error}). "
-            "A newer transformers may; for code shipped with the model pass trust_remote_code=True."
+            f"{where}: transformers has no causal language model for model_type {config.get('model_type')!r} "
+            f"({error}). A newer transformers may; for code shipped with the model pass trust_remote_code=True."
         ) from error
 
 
-def _require_complete(report: dict[str, Any], path: str | Path) -> None:
+def _require_complete(report: dict[str, Any], where: str) -> None:
     """A missing weight would be random: refuse rather than answer nonsense.
 
     Raises:
@@ -98,6 +154,6 @@ def _require_complete(report: dict[str, Any], path: str | Path) -> None:
         names = sorted(str(name) for name in report.get(what, ()))
         if names:
             raise CorruptFileError(
-                f"{path}: {len(names)} {what.replace('_keys', '')} weights for this architecture, the first "
-                f"{names[0]}. The config.json does not belong to these tensors."
+                f"{where}: {len(names)} {what.replace('_keys', '')} weights for this architecture, the first "
+                f"{names[0]}. The configuration does not belong to these tensors."
             )

@@ -6,7 +6,6 @@ ggml's stock types, to 16 for F16 files) are a little further off, whatever the 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ class Arithmetic:
     Attributes:
         kind: "fp32" or "rounded".
         reason: in words.
-        rounding: why the file's weights differ from the IR's, "" if they must not.
+        rounding: why the file's weights may be roundings of the IR's, "" if they must be equal.
         metadata: what anyquant's exporter recorded in the file.
     """
 
@@ -52,7 +51,7 @@ def gguf_arithmetic(header: Header) -> Arithmetic:
     }
     rounding = Counter(_ROUNDING_TYPES[t] for t in used.values() if t in _ROUNDING_TYPES)
     metadata = {key: header.get(key) for key in header.values if key.startswith("anyquant.")}
-    note = _recorded_rounding({key.removeprefix("anyquant."): value for key, value in metadata.items()})
+    note = _recorded_rounding(metadata)
     if not rounding:
         return _fp32("no matrix has a type whose product rounds activations", note, metadata)
     words = ", ".join(f"{count} {name}" for name, count in rounding.most_common())
@@ -64,37 +63,25 @@ def gguf_arithmetic(header: Header) -> Arithmetic:
 def _fp32(reason: str, rounding: str, metadata: dict[str, Any]) -> Arithmetic:
     """FP32, unless the weights themselves were rounded: then the logits cannot be as close."""
     if rounding:
-        return Arithmetic("rounded", f"the weights may be rounded to FP16 ({rounding})", rounding, metadata)
+        return Arithmetic("rounded", f"the weights may be rounded ({rounding})", rounding, metadata)
     return Arithmetic("fp32", reason, "", metadata)
 
 
 def _recorded_rounding(metadata: dict[str, Any]) -> str:
-    """What the exporter wrote about rounding: layout f16 or --allow-rounding."""
-    allowed = str(metadata.get("allow_rounding", metadata.get("rounding", ""))).lower()
-    if allowed not in ("", "0", "false", "none"):
-        return "written with --allow-rounding"
-    return "layout f16" if metadata.get("layout") == "f16" else ""
+    """Whether the exporter was allowed to round; no layout alone is an excuse."""
+    allowed = str(metadata.get("anyquant.allow_rounding", "")).lower() == "true"
+    return "written with --allow-rounding" if allowed else ""
 
 
 def onnx_model_file(path: Path) -> Path:
-    """The graph in an exported folder: the one genai_config.json names, else model.onnx; a file stands for itself.
+    """The graph in an exported folder.
 
     Raises:
         CorruptFileError: there is none.
     """
-    if path.is_file():
-        return path
-    names = ["model.onnx", "onnx/model.onnx"]
-    genai = path / "genai_config.json"
-    if genai.is_file():
-        try:
-            names.insert(0, str(json.loads(genai.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFileError(f"{genai} names no model.decoder.filename: {error!r}") from None
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise CorruptFileError(f"{path} holds no ONNX model: none of {', '.join(dict.fromkeys(names))} is there")
+    if not (path / "model.onnx").is_file():
+        raise CorruptFileError(f"{path} holds no ONNX model: give the folder that 'anyquant export onnx' wrote")
+    return path / "model.onnx"
 
 
 def onnx_arithmetic(path: Path) -> Arithmetic:
@@ -114,8 +101,8 @@ def onnx_arithmetic(path: Path) -> Arithmetic:
     except Exception as error:
         raise CorruptFileError(f"{file} is not an ONNX model: {error}") from None
     recorded = {entry.key: entry.value for entry in model.metadata_props}
-    metadata = {key: value for key, value in recorded.items() if key.startswith("anyquant")}
-    note = _recorded_rounding({key.removeprefix("anyquant").lstrip("._"): value for key, value in metadata.items()})
+    metadata = {key: value for key, value in recorded.items() if key.startswith("anyquant.")}
+    note = _recorded_rounding(metadata)
     nodes = list(_nodes(model))
     levels = Counter(_accuracy_level(node) for node in nodes if node.op_type == "MatMulNBits")
     if any(level in (2, 3, 4) for level in levels):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
+import secrets
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from anyquant.errors import MachineError
+from anyquant.errors import MachineError, ValidationFailed
 from anyquant.validation.results import ValidationReport
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
@@ -36,9 +36,10 @@ def plain(value: Any) -> Any:
 
 
 def to_json(report: ValidationReport) -> dict[str, Any]:
-    """The report as one JSON object, with the gates' verdict on top."""
+    """The report as one JSON object, with the gates' verdict and the command line's exit code on top."""
     body: dict[str, Any] = plain(report)
-    return {"schema": body.pop("schema"), "passed": not report.failed, **body, "failed": plain(report.failed)}
+    verdict = {"passed": not report.failed, "exit_code": ValidationFailed.exit_code if report.failed else 0}
+    return {"schema": body.pop("schema"), **verdict, **body, "failed": plain(report.failed)}
 
 
 def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path]:
@@ -59,9 +60,12 @@ def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
-            temporary = folder / f".{name}.partial-{os.getpid()}"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(folder / name)
+            temporary = folder / f".{name}.partial-{secrets.token_hex(8)}"
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise MachineError(f"cannot write the report to {folder}: {error.strerror or error}") from None
     return folder / JSON_NAME, folder / HTML_NAME

@@ -83,13 +83,23 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor that is not what it should be; ``index`` and the values are known unless it is missing."""
+    """A tensor that is not what it should be.
+
+    Attributes:
+        tensor: its name.
+        problem: in words.
+        index: of the first value that differs; None where the tensor is missing, unreadable or has another shape.
+        expected: the IR's value there.
+        found: the file's.
+        rounded: all that differs is that the IR's values were rounded as exporters may where they are allowed to.
+    """
 
     tensor: str
     problem: str
     index: tuple[int, ...] | None = None
     expected: float | None = None
     found: float | None = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class TensorComparison:
         equal: tensors whose SHA-256 is the manifest's.
         total: tensors of the manifest.
         differences: the others, and what the file has too many.
-        rounding: why differences are expected ("layout f16", ...); "" where none are.
+        rounding: why values may be rounded, "" where they must be equal.
         n_values: numbers compared.
     """
 

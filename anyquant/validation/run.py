@@ -21,11 +21,11 @@ from anyquant.validation.report import write_report
 from anyquant.validation.results import ModelRow, TensorComparison, ValidationReport
 from anyquant.validation.runners import RunnerSpec, open_runner
 from anyquant.validation.runners.process import ProcessRunner
-from anyquant.validation.settings import RELIABLE_WINDOW, Progress, ValidationSettings
+from anyquant.validation.settings import RELIABLE_WINDOW, ValidationSettings
 from anyquant.validation.tensors import compare_export, compare_ir
 
 
-def validate(settings: ValidationSettings, progress: Progress | None = None) -> ValidationReport:
+def validate(settings: ValidationSettings, progress: ir.Progress | None = None) -> ValidationReport:
     """Compare every file with PyTorch on the IR's weights, and all with the source; write the report.
 
     Gates that fail do not raise: call :meth:`ValidationReport.require` when the report has been shown.
@@ -52,7 +52,7 @@ def validate(settings: ValidationSettings, progress: Progress | None = None) -> 
 class _Validation:
     """The steps share what they know here; cheap refusals come before the first model is loaded."""
 
-    def __init__(self, settings: ValidationSettings, progress: Progress) -> None:
+    def __init__(self, settings: ValidationSettings, progress: ir.Progress) -> None:
         self.settings, self.progress = settings, progress
         self.model = ir.open_ir(settings.model)
         self.arithmetic: dict[str, Arithmetic] = {}

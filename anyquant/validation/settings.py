@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from anyquant.errors import UsageError
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
 
 DEFAULT_PROMPT = "What is the capital of France?"
 RELIABLE_WINDOW = 512

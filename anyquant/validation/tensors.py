@@ -10,10 +10,9 @@ import numpy as np
 from anyquant import ir
 from anyquant.errors import CorruptFileError
 from anyquant.validation.results import TensorComparison, TensorDifference
-from anyquant.validation.settings import Progress
 
 
-def compare_ir(model: ir.Model, progress: Progress | None = None) -> TensorComparison:
+def compare_ir(model: ir.Model, progress: ir.Progress | None = None) -> TensorComparison:
     """Dequantize every tensor of the IR again and compare with the manifest."""
     differences = []
     values = 0
@@ -41,7 +40,7 @@ def compare_file(
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
     rounding: str = "",
-    progress: Progress | None = None,
+    progress: ir.Progress | None = None,
 ) -> TensorComparison:
     """Compare what an exporter reads back from its file with the IR's manifest.
 
@@ -50,7 +49,7 @@ def compare_file(
         file: "GGUF" or "ONNX", for messages.
         tensors: (IR tensor name, float32 values in the IR's orientation), of ``Exporter.read``. A tied tensor may
             come under either name, or under both.
-        rounding: why values may differ, "" if they may not.
+        rounding: why values may be rounded, "" if they must be equal.
         progress: called after each tensor.
     """
     differences: list[TensorDifference] = []
@@ -89,12 +88,27 @@ def _locate(model: ir.Model, name: str, stored: str, found: np.ndarray) -> Tenso
         return TensorDifference(name, "equals the IR's values, but those are not what the manifest recorded")
     index = tuple(int(i) for i in np.unravel_index(int(different.argmax()), shape))
     return TensorDifference(
-        name, f"{count:,} of {found.size:,} values differ", index, float(expected[index]), float(found[index])
+        name,
+        f"{count:,} of {found.size:,} values differ",
+        index,
+        float(expected[index]),
+        float(found[index]),
+        _is_rounded(expected, found),
     )
 
 
+def _is_rounded(values: np.ndarray, found: np.ndarray) -> bool:
+    """Whether a tensor is what --allow-rounding allows: the values in FP16, or a norm that is stored plus 1 in FP32."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16).astype(np.float32)
+    if np.isfinite(half).all() and np.array_equal(found, half):
+        return True
+    one = np.float32(1)
+    return values.ndim == 1 and np.array_equal(found, (values + one) - one)
+
+
 def compare_export(
-    model: ir.Model, exporter: str, path: Path, *, rounding: str = "", progress: Progress | None = None
+    model: ir.Model, exporter: str, path: Path, *, rounding: str = "", progress: ir.Progress | None = None
 ) -> TensorComparison:
     """Read a file back through its exporter and compare.
 

@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise MissingDependency("transformers", "torch", "validate") from None
+        raise MissingDependency("transformers", "", "validate") from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

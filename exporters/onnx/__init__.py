@@ -6,7 +6,7 @@ Values are written exactly or refused. ``check`` and ``export`` share one path u
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.errors import UsageError
-from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan, Progress
+from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan
 
 FLAVORS = ("genai", "plain")
 ACCURACY_LEVELS = range(5)
@@ -25,6 +25,7 @@ class ONNXExporter:
     """Writes ONNX folders; see ``anyquant.exporters.protocol.Exporter``."""
 
     name = "onnx"
+    summary = "MatMulNBits graphs for stock ONNX Runtime and onnxruntime-genai"
 
     def check(self, model: ir.Model, options: ExportOptions) -> ExportPlan:
         """Say what would be written, in exactly how many bytes, or what does not fit and why.
@@ -35,6 +36,7 @@ class ONNXExporter:
         Raises:
             UsageError: unknown layout, flavor or accuracy level.
             UnknownArchitecture: the builder does not know the family.
+            CorruptFileError: config.json contradicts itself.
             MissingDependency: onnx, onnx-ir or onnxruntime-genai is not installed.
         """
         _check_options(options)
@@ -47,22 +49,22 @@ class ONNXExporter:
         return prepare(model, options, build_skeleton(model), refusals(model, options)).plan
 
     def export(
-        self, model: ir.Model, path: Path, options: ExportOptions, progress: Progress | None = None
+        self, model: ir.Model, path: Path, options: ExportOptions, progress: ir.Progress | None = None
     ) -> ExportPlan:
         """Write the folder; nothing is left under its name unless it is whole.
 
         Raises:
-            ExportRefused: a matrix cannot be written exactly in this layout.
+            ExportRefused: a matrix cannot be written exactly in this layout, or the graph source changed a weight.
             UsageError: the folder exists and is not empty; or see :meth:`check`.
             MachineError: disk or memory do not suffice.
-            AnyquantError: the graph source changed a weight, so that nothing could be proven.
+            CorruptFileError: config.json contradicts itself.
         """
         _check_options(options)
         if not model.has_values:
             raise UsageError("this model is a plan and holds no values: quantize it before exporting")
         path = Path(path)
         ir.refuse_existing(path)
-        from anyquant.exporters.onnx.graph_source import build_graph, checkpoint_bytes, require_packages
+        from anyquant.exporters.onnx.graph_source import build_graph, require_packages, temporary_disk
 
         require_packages()
         from anyquant.exporters.onnx import write
@@ -71,9 +73,10 @@ class ONNXExporter:
 
         refused = tuple(refusals(model, options))
         ExportPlan(options.layout, {}, dict.fromkeys(model.entries, ""), refused).require(self.name)
-        need = 2 * checkpoint_bytes(model) + model.nbytes  # checkpoint, float graph, and what is to stay
-        temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
-        work = path.parent / f".{path.name}.graph-{os.getpid()}"
+        need = temporary_disk(model)
+        token = secrets.token_hex(4)
+        temporary = path.parent / f".{path.name}.partial-{token}"
+        work = path.parent / f".{path.name}.graph-{token}"
         try:
             with write.machine_errors(path, need):
                 temporary.mkdir(parents=True)

@@ -8,7 +8,7 @@ the exporter proves it by value before it writes anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -31,11 +31,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Binding:
-    """An initializer is the concatenation of parts along rows; ``transposed``: it holds [in, out]."""
+    """An initializer is the concatenation of parts along rows.
+
+    Attributes:
+        initializer: its name.
+        transposed: it holds [in, out].
+        parts: what it is made of.
+        addend: what the graph source added to every value (1 to the norms of Gemma).
+    """
 
     initializer: str
     transposed: bool
     parts: tuple[Part, ...]
+    addend: float = 0.0
 
 
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.|(?:^|\.)(?:h|blocks)\.(\d+)\.")
@@ -100,6 +108,12 @@ def bind(
                 bindings[initializer] = Binding(initializer, transposed, candidate)
                 break
     return bindings
+
+
+def left_out(tensor: str, unbound: Iterable[str]) -> bool:
+    """Whether no initializer of unknown origin lies in the tensor's layer and is a weight or bias as it is."""
+    layer, _, leaf = _module(tensor)
+    return all((layer, leaf) != _module(name)[::2] for name in unbound)
 
 
 def _candidates(

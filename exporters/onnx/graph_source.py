@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from anyquant import ir
-from anyquant.errors import AnyquantError, MachineError, MissingDependency, UnknownArchitecture
+from anyquant.errors import AnyquantError, CorruptFileError, MachineError, MissingDependency, UnknownArchitecture
+from anyquant.runtime.model import checkpoint_tensors
 
 WORKER = "anyquant.exporters.onnx.graph_worker"
 _SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _F32 = np.dtype("<f4")
+_TABLES = 64 << 20  # of rotary positions: 131,072 of them for heads of 128
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,28 @@ def require_packages() -> None:
             raise MissingDependency(package.replace("_", "-"), extra, "The ONNX exporter")
 
 
+def head_size(model: ir.Model) -> int:
+    """Columns of an attention head, 0 if the config does not tell.
+
+    Raises:
+        CorruptFileError: one of the numbers that tell it is missing or none that makes sense.
+    """
+    config = model.config
+
+    def number(key: str) -> int:
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise CorruptFileError(f"config.json: {key} is {value!r:.80}, not a whole number above 0. Repair it.")
+        return value
+
+    if config.get("head_dim") is not None:
+        return number("head_dim")
+    return number("hidden_size") // number("num_attention_heads") if "hidden_size" in config else 0
+
+
 def checkpoint_config(model: ir.Model) -> dict[str, Any]:
     """config.json for the builder: plain FP32, and tied only where the IR holds one tensor for both ends."""
+    head_size(model)  # raises before the builder would stumble
     config = {k: v for k, v in model.config.items() if k != "quantization_config"}
     config["torch_dtype"] = config["dtype"] = "float32"
     heads = [n for n in model.entries if n.rpartition(".")[0].endswith("lm_head")]
@@ -74,20 +96,25 @@ def checkpoint_bytes(model: ir.Model) -> int:
     return sum(4 * math.prod(shape) for _, _, shape in checkpoint_entries(model))
 
 
+def temporary_disk(model: ir.Model) -> int:
+    """Bytes of disk that an export needs: the checkpoint and the float graph, later the float graph and the result."""
+    return 2 * (checkpoint_bytes(model) + _TABLES)
+
+
 def _stacks(model: ir.Model) -> dict[str, list[str]]:
     """Checkpoint name -> the IR tensors that make it up."""
     stacks: dict[str, list[str]] = {}
     for name in model.entries:
-        stacks.setdefault(name.partition("#")[0], []).append(name)
+        stacks.setdefault(name.rpartition("#")[0] or name, []).append(name)
     return stacks
 
 
 def _checkpoint_arrays(model: ir.Model) -> Iterator[np.ndarray]:
-    for members in _stacks(model).values():
-        values = [model.dequantize(name) for name in members]
-        if model.entries[members[0]].source_transposed:
-            values = [np.ascontiguousarray(v.T) for v in values]
-        yield np.stack(values) if "#" in members[0] else values[0]
+    """Values in the order of :func:`checkpoint_entries`, which the file's header has announced."""
+    for name, (found, values) in zip(_stacks(model), checkpoint_tensors(model), strict=True):
+        if name != found:
+            raise AnyquantError(f"the temporary checkpoint announces {name} where {found} comes")
+        yield values
 
 
 def _vectors(model: ir.Model) -> dict[str, float]:
@@ -164,10 +191,13 @@ def _run(model: ir.Model, work: Path, *, values: bool) -> dict[str, Any]:
     request, result_path = work / "request.json", work / "result.json"
     paths = {"checkpoint": str(work / "checkpoint"), "output": str(work / "graph"), "result": str(result_path)}
     request.write_text(json.dumps({**paths, "values": values}), encoding="utf-8")
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    changed = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Nothing is imported from the folder that the user happens to be in.
+    search = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    changed["PYTHONPATH"] = os.pathsep.join(search)
     done = subprocess.run(
-        [sys.executable, "-m", WORKER, str(request)],
-        env={**os.environ, **offline},
+        [sys.executable, "-P", "-m", WORKER, str(request)],
+        env={**os.environ, **changed},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -186,7 +216,8 @@ def _run(model: ir.Model, work: Path, *, values: bool) -> dict[str, Any]:
 def _fail(model: ir.Model, result: dict[str, Any], tail: str) -> None:
     category, message = result["error"], result["message"]
     if category == "architecture":
-        names = model.config.get("architectures") or [model.config.get("model_type")]
+        names = model.config.get("architectures")
+        names = names if isinstance(names, list) and names else [model.config.get("model_type")]
         raise UnknownArchitecture(
             f"the ONNX exporter does not know the architecture {names[0]!r}: onnxruntime-genai's model builder, "
             "which writes the float graph, does not support it. Export to GGUF instead, or upgrade onnxruntime-genai."

@@ -1,6 +1,6 @@
 """The child process that runs onnxruntime-genai's model builder: it prints much, and needs gigabytes at once.
 
-Called as ``python -m anyquant.exporters.onnx.graph_worker REQUEST``; REQUEST is a JSON file with "checkpoint" (a
+Called as ``python -P -m anyquant.exporters.onnx.graph_worker REQUEST``; REQUEST is a JSON file with "checkpoint" (a
 Hugging Face folder), "output" (a folder to make), "result" (a JSON file to write) and "values". With "values" false
 the weights are never made: matrices are torch meta tensors, and the graph is saved with initializers that have a
 dtype, a shape and no data. Vectors keep their values, since the builder leaves out biases that are zero.

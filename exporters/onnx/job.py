@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import onnx
@@ -16,8 +16,8 @@ import onnx_ir as oir
 import anyquant
 from anyquant import ir
 from anyquant.exporters.onnx import layout
-from anyquant.exporters.onnx.binding import Binding, Part, bind
-from anyquant.exporters.onnx.graph_source import GraphSource, checkpoint_bytes
+from anyquant.exporters.onnx.binding import Binding, Part, bind, left_out
+from anyquant.exporters.onnx.graph_source import GraphSource, checkpoint_bytes, head_size, temporary_disk
 from anyquant.exporters.onnx.rewrite import DATA_FILE, Item, Rewriter, place, serialize, tensor_shape, uses_of
 from anyquant.exporters.protocol import ExportOptions, ExportPlan, Refusal
 
@@ -56,13 +56,16 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
     proto = onnx.load_model_from_string(source.proto)
     places = _places(proto)
     graph = oir.from_proto(proto)
-    _settle_cache_shapes(graph, _head_size(model))
-    bindings = _bindings(model, graph, source)
+    _settle_cache_shapes(graph, head_size(model))
+    bindings, unbound = _bindings(model, graph, source)
     stored: dict[str, layout.Stored] = {}
     rewriter = Rewriter(graph, options.accuracy_level)
     held: list[tuple[tuple[Part, ...], str, bool]] = []
     for name, binding in bindings.items():
         value = graph.graph.initializers[name]
+        if binding.addend:
+            rewriter.separate(binding)
+            continue
         if value.shape is None or len(value.shape) < 2 or len(model.entries[binding.parts[0].tensor].spec.shape) != 2:
             held.append((binding.parts, name, binding.transposed))
             continue
@@ -80,14 +83,15 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
     offsets, data_bytes = place(items)
     graph.producer_name, graph.producer_version = "anyquant", anyquant.__version__
     tensor_map = _map(model, held)
-    written = serialize(graph, items, _metadata(model, options, tensor_map))
+    zeros = _zeros(model, bindings, unbound)
+    written = serialize(graph, items, _metadata(model, options, tensor_map, zeros))
     plan = ExportPlan(
         layout=options.layout,
         files={MODEL_FILE: len(written), DATA_FILE: data_bytes},
-        types=_types(model, stored, tensor_map),
+        types=_types(model, stored, tensor_map, zeros),
         refusals=tuple(refusals),
-        notes=tuple(_notes(model, stored, options, tensor_map)),
-        temporary_disk=checkpoint_bytes(model) + sum(length for _, length in places.values()),
+        notes=tuple(_notes(model, stored, options, [*tensor_map, *zeros])),
+        temporary_disk=temporary_disk(model),
         peak_memory=2 * checkpoint_bytes(model) + _BUILDER_MEMORY,
     )
     integers = {name: b for name, b in bindings.items() if name in stored and any(g.form for g in stored[name].groups)}
@@ -102,13 +106,6 @@ def _places(proto: onnx.ModelProto) -> dict[str, Place]:
     return places
 
 
-def _head_size(model: ir.Model) -> int:
-    """Columns of an attention head, 0 if the config does not tell."""
-    hidden, heads = model.config.get("hidden_size"), model.config.get("num_attention_heads")
-    known = model.config.get("head_dim") or (hidden // heads if hidden and heads else 0)
-    return int(known)
-
-
 def _settle_cache_shapes(graph: oir.Model, head: int) -> None:
     """Give the last axis of past and present keys and values its number: clients take a symbol there for 0."""
     for value in (*graph.graph.inputs, *graph.graph.outputs):
@@ -117,17 +114,20 @@ def _settle_cache_shapes(graph: oir.Model, head: int) -> None:
             value.shape = oir.Shape([*value.shape[:3], head])
 
 
-def _bindings(model: ir.Model, graph: oir.Model, source: GraphSource) -> dict[str, Binding]:
+def _bindings(model: ir.Model, graph: oir.Model, source: GraphSource) -> tuple[dict[str, Binding], list[str]]:
+    """What the float initializers hold, and the names of those of which nothing is known."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in graph.graph.initializers.items():
         if value.const_value is not None and value.const_value.dtype == oir.DataType.FLOAT:
             shapes[name] = tensor_shape(value.const_value)
     tensors = {name: entry.spec.shape for name, entry in model.entries.items()}
     bindings = bind(shapes, tensors, model.aliases)
-    if source.norm_offset:
-        # The graph holds 1 + w, from which w cannot be had back exactly.
-        bindings = {name: b for name, b in bindings.items() if not (len(shapes[name]) == 1 and "norm" in name)}
-    return bindings
+    for name, binding in bindings.items():
+        # Not biases, nor the gated norm of linear attention; a mistake here is found out by value before writing.
+        weight = len(shapes[name]) == 1 and "norm" in name and name.endswith(".weight")
+        if source.norm_offset and weight and ".linear_attn." not in name:
+            bindings[name] = replace(binding, addend=source.norm_offset)
+    return bindings, [name for name in shapes if name not in bindings]
 
 
 TensorMap = dict[str, list[tuple[str, int, int, bool]]]
@@ -149,22 +149,50 @@ def _map(model: ir.Model, held: list[tuple[tuple[Part, ...], str, bool]]) -> Ten
     return complete
 
 
-def _metadata(model: ir.Model, options: ExportOptions, tensor_map: TensorMap) -> dict[str, str]:
+def _zeros(model: ir.Model, bindings: dict[str, Binding], unbound: list[str]) -> list[str]:
+    """Tensors that hold zeros alone and that the graph source left out, as it does with biases."""
+    used = {part.tensor for binding in bindings.values() for part in binding.parts}
+    return [
+        name
+        for name in model.entries
+        if model.has_values and name not in used and left_out(name, unbound) and not model.dequantize(name).any()
+    ]
+
+
+def _genai_version() -> str:
+    """Of the installed package; the one for CUDA has another name and the same module."""
+    for name in ("onnxruntime-genai", "onnxruntime-genai-cuda"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _metadata(model: ir.Model, options: ExportOptions, tensor_map: TensorMap, zeros: list[str]) -> dict[str, str]:
+    places = {
+        name: {"zeros": model.entries[name].spec.shape} if name in zeros else tensor_map[name]
+        for name in model.entries
+        if name in zeros or name in tensor_map
+    }
     values = {
         "anyquant.version": anyquant.__version__,
         "anyquant.method": model.method,
         "anyquant.layout": options.layout,
         "anyquant.source": str(model.source.get("fingerprint", "")),
-        "anyquant.graph_source": f"onnxruntime-genai {metadata.version('onnxruntime-genai')}",
-        MAP_KEY: json.dumps(tensor_map, separators=(",", ":")),
+        "anyquant.graph_source": f"onnxruntime-genai {_genai_version()}",
+        MAP_KEY: json.dumps(places, separators=(",", ":")),
     }
     if options.layout == "f16" and options.allow_rounding:
-        values["anyquant.rounding_allowed"] = "true"
+        values["anyquant.allow_rounding"] = "true"
     return values
 
 
-def _types(model: ir.Model, stored: dict[str, layout.Stored], tensor_map: TensorMap) -> dict[str, str]:
+def _types(
+    model: ir.Model, stored: dict[str, layout.Stored], tensor_map: TensorMap, zeros: list[str]
+) -> dict[str, str]:
     types = {name: "F32" if name in tensor_map else "F32, inside the graph" for name in model.entries}
+    types |= dict.fromkeys(zeros, "left out, all zeros")
     for matrix in stored.values():
         for group in matrix.groups:
             for part in group.parts:
@@ -172,17 +200,15 @@ def _types(model: ir.Model, stored: dict[str, layout.Stored], tensor_map: Tensor
     return types
 
 
-def _notes(
-    model: ir.Model, stored: dict[str, layout.Stored], options: ExportOptions, tensor_map: TensorMap
-) -> list[str]:
+def _notes(model: ir.Model, stored: dict[str, layout.Stored], options: ExportOptions, readable: list[str]) -> list[str]:
     notes = layout.notes_on(model, stored, options)
-    missing = [name for name in model.entries if name not in tensor_map]
+    missing = [name for name in model.entries if name not in readable]
     if missing:
         notes.append(
             f"{len(missing)} tensors, {missing[0]} the first, are in the graph in a changed form, as floats, and "
             "cannot be read back from it."
         )
-    head = _head_size(model)
+    head = head_size(model)
     if head % 16:
         notes.append(
             f"Heads have {head} columns; the attention operator of ONNX Runtime's CPU provider takes multiples of 16 "

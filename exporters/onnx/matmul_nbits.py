@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant import ir
+from anyquant.ir.ggml_blocks import _IQ4_NL
+from anyquant.ir.packing import unpack
 
 # Types of ggml whose values are an integer times a scale: bits of the container, block length, how scales are stored.
 _GGML: dict[str, tuple[int, int, str]] = {
@@ -32,7 +34,6 @@ _GGML: dict[str, tuple[int, int, str]] = {
     "IQ4_NL": (8, 32, "f16"),
     "Q6_K": (8, 16, "f32"),
 }
-_IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int16)
 
 
 @dataclass(frozen=True)
@@ -164,16 +165,9 @@ def _blocked(values: np.ndarray, block: int) -> np.ndarray:
 
 
 def _affine(tensor: ir.Tensor, spec: ir.AffineSpec, form: Form, rows: slice) -> IntegerMatrix:
-    codes = _unpack(np.ascontiguousarray(tensor.arrays[".codes"][rows]), spec.bits)
-    codes = codes[:, : spec.blocks * spec.block].reshape(len(codes), spec.blocks, spec.block)
+    codes = unpack(tensor.arrays[".codes"][rows], spec.blocks * spec.block, spec.bits)
+    codes = codes.reshape(len(codes), spec.blocks, spec.block)
     return IntegerMatrix(form, codes, tensor.arrays[".scale"][rows], tensor.arrays[".zero"][rows])
-
-
-def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes of 2, 4 or 8 bits, the first in the lowest bits of a byte."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes: NDArray[np.uint8] = (packed[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(len(packed), -1)
 
 
 def _ggml(raw: NDArray[np.uint8], type_name: str, form: Form) -> IntegerMatrix:

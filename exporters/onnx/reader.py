@@ -20,12 +20,16 @@ from anyquant.errors import AnyquantError, CorruptFileError, InputError, Missing
 _TYPES = {1: "<f4", 2: "u1", 6: "<i4", 7: "<i8", 10: "<f2", 16: "<u2"}  # TensorProto.DataType; 16 is bfloat16
 _MAX_PROTO = 1 << 30
 _MAX_DEPTH = 16
+_MAX_ZEROS = 1 << 34
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (IR tensor name, float32 values); see ``ONNXExporter.read``."""
     graph = _Graph(folder)
     for name, places in graph.tensor_map.items():
+        if isinstance(places, tuple):
+            yield name, np.zeros(places, np.float32)
+            continue
         try:
             yield name, graph.tensor(places)
         except AnyquantError as error:
@@ -135,7 +139,7 @@ def _constant_of_shape(get: Get, _: list[str], attributes: dict[str, Any]) -> np
     if value.data_type != 2 or bytes(value.raw_data) != b"\0":
         raise CorruptFileError("ConstantOfShape of another value than the byte 0")
     shape = tuple(int(n) for n in get(0))
-    if math.prod(shape) > 1 << 34:
+    if math.prod(shape) > _MAX_ZEROS:
         raise CorruptFileError(f"a constant of shape {shape}")
     return np.zeros(shape, np.uint8)
 
@@ -228,14 +232,17 @@ def _parse(folder: Path) -> Any:
         raise CorruptFileError(f"{path} is not an ONNX model: {error}") from None
 
 
-def _tensor_map(proto: Any) -> dict[str, list[tuple[str, int, int, bool]]]:
+def _tensor_map(proto: Any) -> dict[str, list[tuple[str, int, int, bool]] | tuple[int, ...]]:
+    """Name -> places in the graph; or a shape, for zeros that the graph goes without."""
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     if "anyquant.tensors" not in properties:
         raise InputError("model.onnx has no anyquant.tensors: not a file that 'anyquant export onnx' wrote")
     try:
         value = json.loads(properties["anyquant.tensors"])
         return {
-            str(name): [_place(place) for place in places] for name, places in value.items() if places or _empty(name)
+            str(name): _zeros(places) if isinstance(places, dict) else [_place(place) for place in places]
+            for name, places in value.items()
+            if places or _empty(name)
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(f"model.onnx: anyquant.tensors is malformed: {error}") from None
@@ -243,6 +250,13 @@ def _tensor_map(proto: Any) -> dict[str, list[tuple[str, int, int, bool]]]:
 
 def _empty(name: str) -> bool:
     raise ValueError(f"{name} is nowhere")
+
+
+def _zeros(entry: dict[str, Any]) -> tuple[int, ...]:
+    shape = entry.get("zeros")
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) > _MAX_ZEROS:
+        raise ValueError(f"{entry!r:.80} is not the shape of zeros")
+    return tuple(shape)
 
 
 def _place(place: Any) -> tuple[str, int, int, bool]:

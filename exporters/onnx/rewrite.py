@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as oir
 
+from anyquant.exporters.onnx.binding import Binding
 from anyquant.exporters.onnx.layout import Group, Stored
 from anyquant.exporters.onnx.matmul_nbits import array_shapes, scale_table
 
@@ -126,6 +127,21 @@ class Rewriter:
         for reader, _ in list(initializer.uses()):  # the Transpose of a tied embedding
             self._graph.remove(reader, safe=True)
         del self._graph.initializers[initializer.name or ""]
+
+    def separate(self, binding: Binding) -> None:
+        """Store a vector as it was before the graph source added a number, which ONNX Runtime adds again at load."""
+        initializer = self._graph.initializers[binding.initializer]
+        tensor = initializer.const_value
+        assert tensor is not None
+        readers = {node for node, _ in initializer.uses()}
+        first = next(node for node in self._graph if node in readers)
+        del self._graph.initializers[binding.initializer]
+        group = Group(f"{binding.initializer}.stored", binding.parts, None)
+        stored = self._initializer(Item(group.name, _F32, tensor_shape(tensor), group, UPRIGHT))
+        addend = self._constant(f"anyquant.addend.{binding.addend:g}", np.array(binding.addend, np.float32))
+        total = self._node(first, "Add", [stored, addend], f"{binding.initializer}.sum")
+        initializer.replace_all_uses_with(total)
+        self.held.append((group, group.name, False))
 
     def items(self) -> list[Item]:
         """Every external initializer of the edited graph in order: the builder's, then the new ones."""

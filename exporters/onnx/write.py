@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from anyquant import ir
-from anyquant.errors import AnyquantError, MachineError
+from anyquant.errors import AnyquantError, ExportRefused, MachineError
 from anyquant.exporters.onnx.binding import Part
 from anyquant.exporters.onnx.graph_source import GraphSource
 from anyquant.exporters.onnx.job import MODEL_FILE, Job
 from anyquant.exporters.onnx.layout import Group
 from anyquant.exporters.onnx.matmul_nbits import integer_matrix
 from anyquant.exporters.onnx.rewrite import DATA_FILE, TRANSPOSED, Item
-from anyquant.exporters.protocol import Progress
 
 
 @contextmanager
@@ -66,7 +65,7 @@ class FloatGraph:
         """Compare values, float32 of these rows of the part's tensor, with the graph's; -0 equals +0.
 
         Raises:
-            AnyquantError: they differ; nothing can be written exactly then.
+            ExportRefused: they differ; nothing can be written exactly then.
         """
         binding, start = self._rows[part.tensor, part.start]
         flat = self.raw(binding.initializer).view(np.float32)
@@ -75,8 +74,10 @@ class FloatGraph:
         first = start + rows.start - part.start
         found = matrix[first : first + rows.stop - rows.start]
         expected = values.reshape(found.shape)
+        if binding.addend:
+            expected = expected + np.float32(binding.addend)
         if not np.array_equal(found, expected):
-            raise AnyquantError(
+            raise ExportRefused(
                 f"{part.tensor}: {int((found != expected).sum()):,} of {expected.size:,} values of "
                 f"{binding.initializer} in the float graph differ from the IR's, so the graph source changes this "
                 "tensor and it cannot be written exactly. Export to GGUF instead."
@@ -87,7 +88,7 @@ def prove_floats(model: ir.Model, job: Job, graph: FloatGraph) -> None:
     """Prove every bound initializer but those that are stored as integers.
 
     Raises:
-        AnyquantError: the graph holds other values than the IR.
+        ExportRefused: the graph holds other values than the IR.
     """
     for name, binding in job.bindings.items():
         if name in job.integers:
@@ -143,11 +144,12 @@ class _Groups:
         return values
 
 
-def write_files(model: ir.Model, job: Job, source: GraphSource, folder: Path, progress: Progress | None) -> None:
+def write_files(model: ir.Model, job: Job, source: GraphSource, folder: Path, progress: ir.Progress | None) -> None:
     """Prove by value, and write model.onnx and model.onnx.data into ``folder``, synced.
 
     Raises:
-        AnyquantError: the float graph holds other values than the IR, or an array has other bytes than promised.
+        ExportRefused: the float graph holds other values than the IR.
+        AnyquantError: an array has other bytes than promised.
         OSError: the disk is full.
     """
     graph = FloatGraph(job, source)

@@ -129,7 +129,7 @@ def test_an_index_must_say_what_the_shards_hold(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             open_checkpoint(str(tmp_path))
     index.write_text("[]")
-    with pytest.raises(CorruptFileError, match="is not a JSON object"):
+    with pytest.raises(CorruptFileError, match=r"index\.json in .* holds a list, not a JSON object"):
         open_checkpoint(str(tmp_path))
 
 
@@ -293,6 +293,15 @@ def test_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:
     assert open_checkpoint(str(save(tmp_path / "b", small()))).fingerprint() == first
     assert open_checkpoint(str(save(tmp_path / "c", small(seed=1)))).fingerprint() != first
     assert open_checkpoint(str(save(tmp_path / "d", small(), rope_theta=5.0))).fingerprint() != first
+
+
+def test_fingerprint_reads_the_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyquant.checkpoint import base
+
+    checkpoint = open_checkpoint(str(save(tmp_path, small())))
+    first = checkpoint.fingerprint()
+    monkeypatch.setattr(base, "_contents", lambda path: pytest.fail("read again"))
+    assert checkpoint.fingerprint() == first
 
 
 def test_fingerprint_samples_large_files(tmp_path: Path) -> None:

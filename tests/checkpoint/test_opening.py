@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from anyquant.checkpoint import open_checkpoint
+from anyquant.checkpoint import hub, open_checkpoint
 from anyquant.errors import CorruptFileError, InputError, UsageError
 
 
@@ -48,7 +49,10 @@ def test_a_folder_with_nothing_in_its_file(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("config", ["{", "[" * 100_000, "\udc80", "3"])
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[" * 100_000, "\udc80", "3", '{"a": 1, "a": 2}', '{"a": "\\ud800"}', '{"a": ' + "[" * 70 + "]" * 70 + "}"],
+)
 def test_a_damaged_config(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(config.encode("utf-8", "surrogateescape"))
     with pytest.raises(CorruptFileError, match=r"config\.json in"):
@@ -115,18 +119,64 @@ def test_a_hub_id(
 
     calls: list[Any] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         calls.append((name, revision, allow_patterns))
         return str(tiny_llama)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust)
-    assert calls[0][:2] == called
-    assert ("*.py" in calls[0][2]) is trust
-    assert {"*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"} <= set(calls[0][2])
-    assert not [p for p in calls[0][2] if p.endswith(("bin", "gguf", "pt")) or p == "*"]
+    assert [call[:2] for call in calls] == [called, called]
+    for _, _, patterns in calls:
+        assert ("*.py" in patterns) is trust
+        assert {"*.json", "*.jinja", "*.model", "*.txt"} <= set(patterns)
+        assert not [p for p in patterns if p.endswith(("bin", "gguf", "pt")) or p == "*"]
     assert checkpoint.name == (f"{called[0]}@{called[1]}" if called[1] else called[0])
     assert checkpoint.config == json.loads((tiny_llama / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("index", "weights"),
+    [
+        (None, {"model.safetensors"}),
+        ({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}},
+         {"m-1.safetensors", "m-2.safetensors", "model.safetensors.index.json"}),
+    ],
+)  # fmt: skip
+def test_no_weight_is_downloaded_twice(
+    index: dict[str, Any] | None, weights: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    stored, local = tmp_path / "stored", tmp_path / "local"
+    plain = {"config.json", "tokenizer.json", "vocab.txt"}
+    files = ["model.safetensors", "m-1.safetensors", "m-2.safetensors", "consolidated.safetensors", "model.bin"]
+    files += ["fp32/model.safetensors", "fp32/config.json", "onnx/m-1.safetensors", "modeling.py", *plain]
+    for file in files:
+        (stored / file).parent.mkdir(parents=True, exist_ok=True)
+        (stored / file).write_text("{}")
+    if index is not None:
+        (stored / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        found = (str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file())
+        for file in filter_repo_objects(found, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (local / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(stored / file, local / file)
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.download("owner/model") == ("owner/model", local)
+    assert {str(path.relative_to(local)) for path in local.rglob("*")} == plain | weights
+
+
+def test_a_damaged_index_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CorruptFileError, match="not a plain file name"):
+        open_checkpoint("owner/model")
 
 
 def test_two_revisions() -> None:

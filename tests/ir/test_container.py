@@ -42,6 +42,30 @@ def test_sizes_to_the_byte(shard_bytes: int, plan: ir.Model, write_zoo: Writer, 
         assert files == [WEIGHTS]
 
 
+def test_sizes_for_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search for a size asks a few hundred times, with other forms of the tensors each time: little is made anew."""
+    forms = [ir.BlockSpec((64, 64), width=width) for width in range(2, 9)]
+    names = [f"model.layers.{i}.weight" for i in range(300)]
+
+    def sizes(shift: int) -> dict[str, int]:
+        entries = {name: ir.Entry(forms[(i + shift) % 7], quantized=True) for i, name in enumerate(names)}
+        return ir.file_sizes(ir.Model(None, {}, "m", {}, {}, entries, {}))
+
+    first, second = sizes(0), sizes(1)
+    assert first != second
+    made = 0
+    dumps = json.dumps
+
+    def counted(*arguments: Any, **options: Any) -> str:
+        nonlocal made
+        made += 1
+        return dumps(*arguments, **options)
+
+    monkeypatch.setattr(json, "dumps", counted)
+    assert (sizes(0), sizes(1)) == (first, second)
+    assert 0 < made < 10
+
+
 def test_every_kind_takes_the_bytes_that_its_spec_says(zoo: dict[str, ir.Tensor], tmp_path: Path) -> None:
     for i, (name, tensor) in enumerate(zoo.items()):
         plan = ir.Model(None, {}, "m", {}, {}, {name: ir.Entry(tensor.spec)}, {})
@@ -135,10 +159,15 @@ def assert_corrupt(folder: Path, message: str) -> None:
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "no", Path(__file__)):
-        with pytest.raises(InputError, match="is not a folder"):
-            ir.open_ir(path)
-    with pytest.raises(InputError, match=r"anyquant\.json is missing .*not a folder of anyquant's"):
+    with pytest.raises(InputError, match=r"no is not a folder\. 'anyquant quantize MODEL -o .*no' writes"):
+        ir.open_ir(tmp_path / "no")
+    (tmp_path / "source.gguf").write_bytes(b"GGUF")
+    # -o must not name the source.
+    with pytest.raises(InputError, match=r"is not a folder\. 'anyquant quantize .*source\.gguf -o source-quantized' w"):
+        ir.open_ir(tmp_path / "source.gguf")
+    with pytest.raises(
+        InputError, match=r"anyquant\.json is missing .*not a folder of anyquant's\. 'anyquant quantize MODEL -o DIR' w"
+    ):
         ir.open_ir(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_refused(text: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match=message) as caught:
         read_json(tmp_path / "a.json")
     assert "a.json" in str(caught.value)
+
+
+def test_a_doubled_key_among_many_is_found_at_once(tmp_path: Path) -> None:
+    keys = [*range(40_000), 39_999]
+    (tmp_path / "a.json").write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
+    start = time.process_time()
+    with pytest.raises(CorruptFileError, match="'39999' occurs twice"):
+        read_json(tmp_path / "a.json")
+    assert time.process_time() - start < 3  # comparing every key with every other takes ten times as long
 
 
 @pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}'])

@@ -14,8 +14,10 @@ import anyquant
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import CorruptFileError, InputError, UnknownArchitecture
+from anyquant.ir import packing
 from anyquant.pipeline import Job, Target, plan, run
-from anyquant.runtime.model import checkpoint_tensors
+from anyquant.runtime import native
+from anyquant.runtime.model import as_stored, checkpoint_tensors
 
 
 def quantize(source: Path, out: Path, bits: float = 4.25) -> ir.Model:
@@ -96,6 +98,29 @@ def test_experts_are_stacked_again(tmp_path: Path) -> None:
     ((name, stacked),) = checkpoint_tensors(made)
     assert name == "up"
     np.testing.assert_array_equal(stacked, np.stack([v.T for v in values.values()]))
+
+
+def test_experts_are_stacked_by_number() -> None:
+    names = [f"up#{e}" for e in (10, 2, *range(2), *range(3, 10), 11)]
+    found = dict(as_stored(["a", *names, "b"], lambda n: np.full((1, 2), ord(n[0]) + len(n)), ()))
+    assert list(found) == ["a", "up", "b"]
+    numbers = dict(as_stored(names, lambda n: np.full((1, 2), int(n[3:])), ()))
+    np.testing.assert_array_equal(numbers["up"][:, 0, 0], np.arange(12))
+
+
+@pytest.mark.parametrize("names", [["up#1"], ["up#0", "up#2"], ["up#0", "up#x"], ["up#0", "up#01"], ["up", "up#0"]])
+def test_experts_with_gaps_are_refused(names: list[str]) -> None:
+    with pytest.raises(CorruptFileError, match="numbered 0 to"):
+        dict(as_stored(names, lambda name: np.zeros((1, 2)), ()))
+
+
+def test_loading_unpacks_with_the_compiled_library(tiny_llama: Path, tmp_path: Path) -> None:
+    if not native.available():
+        pytest.skip(native.why_not())
+    quantize(tiny_llama, tmp_path / "out")
+    packing.set_backend(packing.pack_numpy, packing.unpack_numpy)
+    anyquant.load(tmp_path / "out")
+    assert packing._unpack is native.unpack_bits
 
 
 def test_the_real_model_answers(real_ir: Path) -> None:

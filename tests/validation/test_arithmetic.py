@@ -39,7 +39,8 @@ def test_recorded_rounding_relaxes_the_gate_and_is_said() -> None:
     types = {"token_embd__weight": 0}
     allowed = gguf_arithmetic(header({"anyquant.layout": "f16", "anyquant.allow_rounding": True}, **types))
     assert (allowed.kind, allowed.rounding) == ("rounded", "written with --allow-rounding")
-    assert gguf_arithmetic(header({"anyquant.layout": "f16"}, **types)).rounding == "layout f16"
+    assert gguf_arithmetic(header({"anyquant.layout": "f32", "anyquant.allow_rounding": True}, **types)).rounding != ""
+    assert gguf_arithmetic(header({"anyquant.layout": "f16"}, **types)).rounding == ""
     assert (
         gguf_arithmetic(header({"anyquant.layout": "native", "anyquant.allow_rounding": False}, **types)).rounding == ""
     )

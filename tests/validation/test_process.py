@@ -56,6 +56,18 @@ def test_an_error_of_opening_is_raised_here(tmp_path: Path) -> None:
         ProcessRunner(RunnerSpec("GGUF", "gguf", str(tmp_path / "none.gguf"), 64, 1))
 
 
+@pytest.mark.parametrize("entry", [None, "", ".", "absolute"])
+def test_the_current_folder_is_not_imported_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str | None
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('the module of the current folder was run')")
+    monkeypatch.chdir(tmp_path)
+    if entry is not None:
+        monkeypatch.syspath_prepend(str(tmp_path) if entry == "absolute" else entry)
+    with pytest.raises(InputError, match=r"cannot read .*none\.gguf"):
+        ProcessRunner(RunnerSpec("GGUF", "gguf", "none.gguf", 64, 1))
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -75,6 +75,16 @@ def test_torch_reads_a_gguf_source(tiny_gguf: Path, torch_runner: Runner) -> Non
     np.testing.assert_allclose(runner.logits(IDS), torch_runner.logits(IDS), atol=1e-5)
 
 
+def test_torch_knows_a_gguf_source_by_its_content(tiny_gguf: Path, torch_runner: Runner, tmp_path: Path) -> None:
+    bare = tmp_path / "model"
+    bare.symlink_to(tiny_gguf)
+    runner = open_runner(RunnerSpec("source", "checkpoint", str(bare), 64, 2))
+    np.testing.assert_allclose(runner.logits(IDS), torch_runner.logits(IDS), atol=1e-5)
+    (tmp_path / "text").write_text("no model")
+    with pytest.raises(InputError, match="is a file, but no GGUF"):
+        open_runner(RunnerSpec("source", "checkpoint", str(tmp_path / "text"), 64, 2))
+
+
 def test_llamacpp_computes_what_torch_computes(llama_runner: Runner, torch_runner: Runner) -> None:
     causal_and_stateless(llama_runner, IDS)
     found = compare_logits(torch_runner.logits(IDS), llama_runner.logits(IDS))
@@ -225,20 +235,13 @@ def test_onnx_logits_and_cache(cumulative_onnx: Make) -> None:
     runner.close()
 
 
-def test_onnx_names_from_genai_config(cumulative_onnx: Make) -> None:
-    path = cumulative_onnx("genai")
+def test_onnx_wants_an_exported_folder(cumulative_onnx: Make) -> None:
+    path = cumulative_onnx("renamed")
+    assert onnx_model_file(path) == path / "model.onnx"
     (path / "model.onnx").rename(path / "other.onnx")
-    with pytest.raises(CorruptFileError, match="holds no ONNX model"):
-        onnx_model_file(path)
-    (path / "genai_config.json").write_text(
-        '{"model": {"decoder": {"filename": "other.onnx", "inputs": {"input_ids": "input_ids", '
-        '"past_key_names": "past_key_values.%d.key"}, "outputs": {"present_key_names": "present.%d.key"}}}}'
-    )
-    assert onnx_runner(path).generate([3], 2)
-    (path / "genai_config.json").write_text('{"model": {}}')
-    with pytest.raises(CorruptFileError, match=r"model\.decoder"):
-        onnx_runner(path)
-    assert onnx_model_file(path / "other.onnx") == path / "other.onnx"
+    for wrong in (path, path / "other.onnx"):
+        with pytest.raises(CorruptFileError, match=r"holds no ONNX model: give the folder"):
+            onnx_runner(wrong)
 
 
 def test_onnx_refusals(cumulative_onnx: Make, tmp_path: Path) -> None:
@@ -283,4 +286,8 @@ def test_onnx_arithmetic(cumulative_onnx: Make) -> None:
     entry.key, entry.value = "anyquant.layout", "f16"
     onnx.save(model, path / "model.onnx")
     found = onnx_arithmetic(path)
-    assert (found.kind, found.rounding) == ("rounded", "layout f16")
+    assert (found.kind, found.rounding) == ("rounded", "")
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "anyquant.allow_rounding", "true"
+    onnx.save(model, path / "model.onnx")
+    assert onnx_arithmetic(path).rounding == "written with --allow-rounding"

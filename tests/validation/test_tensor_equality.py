@@ -10,8 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anyquant import ir
+from anyquant.exporters.protocol import ExportOptions
+from anyquant.exporters.registry import get_exporter
+from anyquant.gguf_container import map_file, parse
+from anyquant.validation.arithmetic import gguf_arithmetic
 from anyquant.validation.gates import tensor_gate
-from anyquant.validation.tensors import compare_export, compare_file, compare_ir
+from anyquant.validation.tensors import _is_rounded, compare_export, compare_file, compare_ir
 
 
 @pytest.fixture
@@ -99,15 +103,61 @@ def test_missing_extra_and_misshapen_tensors(model: ir.Model) -> None:
     assert found.equal == found.total - 2
 
 
+ALLOWED = "written with --allow-rounding"
+
+
 def test_rounding_is_reported_not_failed_but_a_missing_tensor_fails(model: ir.Model) -> None:
     data = {name: v.astype(np.float16).astype(np.float32) for name, v in values(model).items()}
-    rounded = compare_file(model, "GGUF", data.items(), rounding="layout f16")
+    rounded = compare_file(model, "GGUF", data.items(), rounding=ALLOWED)
     assert 0 < rounded.equal < rounded.total
     gate = tensor_gate(rounded)
     assert gate.passed
-    assert "layout f16" in gate.detail
+    assert ALLOWED in gate.detail
+    assert not tensor_gate(compare_file(model, "GGUF", data.items())).passed
     del data["model.norm.weight"]
-    assert not tensor_gate(compare_file(model, "GGUF", data.items(), rounding="layout f16")).passed
+    assert not tensor_gate(compare_file(model, "GGUF", data.items(), rounding=ALLOWED)).passed
+
+
+def test_a_norm_stored_plus_one_may_be_rounded(model: ir.Model) -> None:
+    data = values(model)
+    name = "model.norm.weight"
+    small = data[name] * np.float32(1e-3)
+    assert _is_rounded(small, (small + np.float32(1)) - np.float32(1))
+    assert not _is_rounded(small, small + np.float32(1e-4))
+    matrix = next(v for v in data.values() if v.ndim == 2)
+    assert not _is_rounded(matrix, (matrix + np.float32(1)) - np.float32(1))
+
+
+@pytest.mark.parametrize("damage", ["reversed rows", "one value", "BF16", "beyond FP16"])
+def test_rounding_excuses_nothing_else(model: ir.Model, damage: str) -> None:
+    data = {name: v.astype(np.float16).astype(np.float32) for name, v in values(model).items()}
+    name = "model.embed_tokens.weight"
+    if damage == "reversed rows":
+        data[name] = data[name][::-1].copy()
+    elif damage == "one value":
+        data[name][3, 4] += np.float32(2.0**-8)
+    elif damage == "BF16":
+        data[name] = (model.dequantize(name).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    else:
+        data[name][3, 4] = np.inf
+    found = compare_file(model, "ONNX", data.items(), rounding=ALLOWED)
+    assert [d.tensor for d in found.differences if not d.rounded] == [name]
+    assert not tensor_gate(found).passed
+
+
+def test_an_f16_file_has_no_excuse_of_its_own(model: ir.Model, tmp_path: Path) -> None:
+    path = tmp_path / "f16.gguf"
+    get_exporter("gguf").export(model, path, ExportOptions(layout="f16"))  # BFP4 is exact in FP16
+    header = parse(map_file(path), str(path))
+    assert header.get("anyquant.layout") == "f16"
+    rounding = gguf_arithmetic(header).rounding
+    assert rounding == ""
+    found = compare_export(model, "gguf", path, rounding=rounding)
+    assert (found.equal, found.differences) == (found.total, ())
+    data = values(model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    data[name] = data[name][::-1].copy()
+    assert not tensor_gate(compare_file(model, "GGUF", data.items(), rounding=rounding)).passed
 
 
 def test_tied_tensors_come_under_either_name(model: ir.Model) -> None:

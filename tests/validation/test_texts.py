@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from anyquant.errors import InputError
+from anyquant.errors import InputError, MissingDependency
 from anyquant.validation import texts
 
 
@@ -102,4 +103,10 @@ def test_context_length() -> None:
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer can be loaded"):
+        texts.load_tokenizer(tmp_path)
+
+
+def test_missing_transformers_names_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingDependency, match=r"pip install transformers$"):
         texts.load_tokenizer(tmp_path)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.errors import CorruptFileError, InputError, MissingDependency
+from anyquant.errors import InputError, MissingDependency
 from anyquant.validation.arithmetic import onnx_model_file
 from anyquant.validation.runners.protocol import check_ids
 
@@ -30,7 +29,7 @@ class OnnxRuntimeRunner:
 
         Args:
             name: of the row in the report.
-            path: the exported folder, or the .onnx file.
+            path: the exported folder.
             threads: of the session.
 
         Raises:
@@ -58,45 +57,26 @@ class OnnxRuntimeRunner:
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
         self._vocabulary: int | None = None
-        self._cache = self._pair_cache(path)
+        self._cache = self._pair_cache()
         self._check_inputs()
 
-    def _pair_cache(self, path: Path) -> dict[str, str]:
-        """Past input -> present output, by the names in genai_config.json, else by the usual ones."""
-        patterns = [
-            ("past_key_values.%d.key", "present.%d.key"),
-            ("past_key_values.%d.value", "present.%d.value"),
-        ]
-        self._ids_name, self._logits_name = "input_ids", "logits"
-        genai = path / "genai_config.json"
-        if genai.is_file():
-            try:
-                decoder = json.loads(genai.read_text(encoding="utf-8"))["model"]["decoder"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorruptFileError(f"{genai} has no model.decoder: {error!r}") from None
-            inputs, outputs = decoder.get("inputs", {}), decoder.get("outputs", {})
-            self._ids_name = inputs.get("input_ids", "input_ids")
-            self._logits_name = outputs.get("logits", "logits")
-            for kind in ("key", "value"):
-                if f"past_{kind}_names" in inputs and f"present_{kind}_names" in outputs:
-                    patterns.append((inputs[f"past_{kind}_names"], outputs[f"present_{kind}_names"]))
-        pairs = {}
-        for past, present in patterns:
-            layer = 0
-            while past.replace("%d", str(layer)) in self._inputs:
-                pairs[past.replace("%d", str(layer))] = present.replace("%d", str(layer))
-                layer += 1
-        return pairs
+    def _pair_cache(self) -> dict[str, str]:
+        """Past input -> present output."""
+        return {
+            name: name.replace("past_key_values.", "present.", 1)
+            for name in self._inputs
+            if name.startswith("past_key_values.")
+        }
 
     def _check_inputs(self) -> None:
-        known = {self._ids_name, "attention_mask", "position_ids", *self._cache}
+        known = {"input_ids", "attention_mask", "position_ids", *self._cache}
         unknown = [name for name in self._inputs if name not in known]
-        if unknown or self._ids_name not in self._inputs:
+        if unknown or "input_ids" not in self._inputs:
             raise InputError(
                 f"{self._file} has the inputs {', '.join(self._inputs)}; this runner does not know "
                 f"{', '.join(unknown) if unknown else 'any for token ids'}"
             )
-        missing = [name for name in (self._logits_name, *self._cache.values()) if name not in self._outputs]
+        missing = [name for name in ("logits", *self._cache.values()) if name not in self._outputs]
         if missing:
             raise InputError(f"{self._file} has no output {missing[0]} (it has {', '.join(self._outputs[:4])}, ...)")
 
@@ -120,12 +100,12 @@ class OnnxRuntimeRunner:
     ) -> tuple[NDArray[np.float32], dict[str, np.ndarray]]:
         total = past + len(ids)
         values = {
-            self._ids_name: ids,
+            "input_ids": ids,
             "attention_mask": np.ones(total, dtype=np.int64),
             "position_ids": np.arange(past, total, dtype=np.int64),
         }
         feed = {n: v[None].astype(self._dtype(n), copy=False) for n, v in values.items() if n in self._inputs}
-        wanted = [self._logits_name, *(self._cache.values() if keep_cache else ())]
+        wanted = ["logits", *(self._cache.values() if keep_cache else ())]
         try:
             logits, *present = self._session.run(wanted, feed | cache)
         except Exception as error:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -35,6 +36,12 @@ def revive(kind: str, message: str) -> AnyquantError:
     error = found.__new__(found)
     Exception.__init__(error, message)
     return error
+
+
+def import_path() -> str:
+    """PYTHONPATH for the other process: sys.path without the current folder, whose files are not to be run."""
+    here = Path.cwd().resolve()
+    return os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry) and Path(entry).resolve() != here)
 
 
 class ProcessRunner:
@@ -64,10 +71,10 @@ class ProcessRunner:
             "OMP_NUM_THREADS": str(spec.thread_count),
             # The runners take turns: threads that wait must leave the cores to the others.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+            "PYTHONPATH": import_path(),
         }
         self._process = subprocess.Popen(
-            command or [sys.executable, "-m", "anyquant.validation.runners.worker"],
+            command or [sys.executable, "-P", "-m", "anyquant.validation.runners.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

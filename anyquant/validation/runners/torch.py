@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError
 from anyquant.validation.runners.protocol import RunnerSpec, check_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TorchRunner:
@@ -77,7 +80,7 @@ def open_checkpoint_runner(spec: RunnerSpec) -> TorchRunner:
         InputError: it cannot be loaded.
     """
     _quiet()
-    if spec.path.endswith(".gguf"):
+    if Path(spec.path).is_file():  # a folder or a hub id is none; what no GGUF is, the reader refuses
         return TorchRunner(spec.name, _load_gguf(spec.path), threads=spec.thread_count)
     import torch
     from transformers import AutoModelForCausalLM
@@ -96,40 +99,14 @@ def open_checkpoint_runner(spec: RunnerSpec) -> TorchRunner:
     return TorchRunner(spec.name, model, threads=spec.thread_count)
 
 
-def _load_gguf(path: str) -> Any:
+def _load_gguf(path: str) -> PreTrainedModel:
     """A model with the values of a GGUF file, dequantized to float32."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
     from anyquant.checkpoint import open_checkpoint
+    from anyquant.runtime.model import as_stored, model_from_state
 
     checkpoint = open_checkpoint(path)
-    state: dict[str, Any] = {}
-    experts: dict[str, list[NDArray[np.float32]]] = {}
-    for name in checkpoint.tensors:
-        values = checkpoint.read(name)
-        if name in checkpoint.transposed:
-            values = np.ascontiguousarray(values.T)
-        stacked, mark, _ = name.rpartition("#")
-        if mark:
-            experts.setdefault(stacked, []).append(values)
-        else:
-            state[name] = torch.from_numpy(values)
-    state |= {name: torch.from_numpy(np.stack(parts)) for name, parts in experts.items()}
-    for alias, name in checkpoint.aliases.items():
-        state.setdefault(alias, state[name])
-    try:
-        config = AutoConfig.for_model(**checkpoint.config)
-        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: transformers has no causal language model for it ({error})") from error
-    model, report = architecture.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
-    wrong = sorted(str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key])
-    if wrong:
-        raise InputError(f"{path}: {len(wrong)} tensors do not fit transformers' model, the first {wrong[0]}")
-    return model
+    tensors = as_stored(checkpoint.tensors, checkpoint.read, checkpoint.transposed)
+    return model_from_state(checkpoint.config, tensors, checkpoint.aliases, path)
 
 
 def _quiet() -> None:

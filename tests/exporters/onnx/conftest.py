@@ -108,22 +108,31 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
+def export_folder(
+    make_ir: Callable[[Path, Choose], ir.Model], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Exported]:
+    """export_folder(checkpoint folder, choose, options) -> Exported."""
+
+    def export(checkpoint: Path, choose: Choose, options: ExportOptions | None = None) -> Exported:
+        model = make_ir(checkpoint, choose)
+        options = options or ExportOptions()
+        folder = tmp_path_factory.mktemp("onnx") / "model"
+        promised = ONNXExporter().check(model, options)
+        return Exported(checkpoint, model, folder, ONNXExporter().export(model, folder, options), promised)
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def export_tiny(
-    tiny_checkpoint: Callable[..., Path],
-    make_ir: Callable[[Path, Choose], ir.Model],
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path], export_folder: Callable[..., Exported]
 ) -> Callable[..., Exported]:
     """export_tiny(choose, options, family, **checkpoint settings) -> Exported."""
 
     def export(
         choose: Choose, options: ExportOptions | None = None, family: str = "llama", **settings: Any
     ) -> Exported:
-        checkpoint = tiny_checkpoint(family, **settings)
-        model = make_ir(checkpoint, choose)
-        options = options or ExportOptions()
-        folder = tmp_path_factory.mktemp("onnx") / "model"
-        promised = ONNXExporter().check(model, options)
-        return Exported(checkpoint, model, folder, ONNXExporter().export(model, folder, options), promised)
+        return export_folder(tiny_checkpoint(family, **settings), choose, options)
 
     return export
 

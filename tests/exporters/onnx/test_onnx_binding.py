@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyquant.exporters.onnx.binding import Binding, Part, bind
+from anyquant.exporters.onnx.binding import Binding, Part, bind, left_out
 
 LAYER = "model.layers.3."
 
@@ -54,3 +54,10 @@ def test_other_layers_shapes_and_duplicates_are_left_alone() -> None:
 def test_parts_of_different_columns_do_not_concatenate() -> None:
     tensors = {f"{LAYER}self_attn.{p}_proj.weight": (4, n) for p, n in (("q", 8), ("k", 6), ("v", 8))}
     assert bind({f"{LAYER}attn.qkv_proj.MatMul.weight": (8, 12)}, tensors, {}) == {}
+
+
+def test_left_out_only_where_nothing_unknown_could_be_it() -> None:
+    bias = f"{LAYER}self_attn.q_proj.bias"
+    assert left_out(bias, [])
+    assert left_out(bias, ["cos_cache", f"{LAYER}attn.strange.weight", "model.layers.2.attn.strange.Add.bias"])
+    assert not left_out(bias, [f"{LAYER}attn.strange.Add.bias"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import onnx
 import pytest
 
 from anyquant import ir
-from anyquant.exporters.onnx import ONNXExporter
+from anyquant.exporters.onnx import ONNXExporter, job
 from anyquant.exporters.protocol import ExportOptions
 
 pytestmark = pytest.mark.slow  # each case runs the model builder twice
@@ -26,14 +28,14 @@ def _matrix(name: str) -> str:
     return module if module in MATRICES and name.endswith(".weight") else ""
 
 
-def _verify(exported, logits_of, missing: frozenset[str] = frozenset()) -> None:  # type: ignore[no-untyped-def]
+def _verify(exported, logits_of) -> None:  # type: ignore[no-untyped-def]
     plan, folder, model = exported.plan, exported.folder, exported.model
     assert plan.files == exported.promised.files == {name: (folder / name).stat().st_size for name in plan.files}
     assert plan.types == exported.promised.types
     assert plan.notes == exported.promised.notes
     assert list(folder.parent.iterdir()) == [folder]
     found = {name: ir.digest(values) for name, values in ONNXExporter().read(folder)}
-    wanted = {name: entry.sha256 for name, entry in model.entries.items() if name not in missing}
+    wanted = {name: entry.sha256 for name, entry in model.entries.items()}
     assert found == wanted
     assert list(found) == list(wanted)
     onnxruntime, torch = logits_of(exported)
@@ -116,13 +118,44 @@ def test_packed_checkpoint_and_halves(export_tiny, logits_of) -> None:  # type: 
     assert exported.plan.types["model.layers.0.mlp.gate_up_proj.weight"] == "MatMulNBits 2 x 4-bit"
 
 
-def test_norms_that_the_graph_holds_as_one_plus_w(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
+def test_norms_that_the_graph_holds_as_one_plus_w(  # type: ignore[no-untyped-def]
+    export_tiny, logits_of, tmp_path: Path
+) -> None:
+    import onnxruntime
+
     exported = export_tiny(lambda n: "bfp4/32" if _matrix(n) else "", family="gemma2", dtype="float16")
-    norms = frozenset(name for name, entry in exported.model.entries.items() if "norm" in name)
-    assert norms
-    _verify(exported, logits_of, missing=norms)
-    assert exported.plan.types["model.norm.weight"] == "F32, inside the graph"
-    assert any("cannot be read back" in note for note in exported.plan.notes)
+    _verify(exported, logits_of)
+    assert exported.plan.types["model.norm.weight"] == "F32"
+    assert not any("cannot be read back" in note for note in exported.plan.notes)
+    graph = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph
+    sums = [node for node in graph.node if node.op_type == "Add" and "anyquant.addend.1" in node.input]
+    assert len(sums) == sum("norm" in name for name in exported.model.entries) == 9
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(exported.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    folded = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    assert not any("anyquant.addend.1" in node.input for node in folded.node)
+
+
+def test_biases_of_zeros_that_the_graph_goes_without(  # type: ignore[no-untyped-def]
+    tiny_checkpoint, export_folder, logits_of, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = Path(shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in tensors:
+        # A layer without any, and one whose packed bias is not all zeros.
+        if name.endswith("bias") and ("layers.0" in name or "q_proj" in name):
+            tensors[name][:] = 0
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    exported = export_folder(checkpoint, lambda n: "bfp4/32" if _matrix(n) else "")
+    _verify(exported, logits_of)
+    left_out = {name for name, label in exported.plan.types.items() if label == "left out, all zeros"}
+    assert left_out == {f"model.layers.0.self_attn.{p}_proj.bias" for p in "qkv"}
+    assert not any("cannot be read back" in note for note in exported.plan.notes)
 
 
 def test_layout_f32(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-def]
@@ -146,8 +179,26 @@ def test_layout_f16(export_tiny, logits_of) -> None:  # type: ignore[no-untyped-
     proto = onnx.load(exported.folder / "model.onnx", load_external_data=False)
     properties = {p.key: p.value for p in proto.metadata_props}
     assert properties["anyquant.layout"] == "f16"
-    assert "anyquant.rounding_allowed" not in properties
+    assert "anyquant.allow_rounding" not in properties
     assert json.loads(properties["anyquant.tensors"]).keys() == exported.model.entries.keys()
+
+
+def test_rounding_is_recorded(  # type: ignore[no-untyped-def]
+    tiny_llama: Path, make_ir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "onnxruntime-genai":
+            raise metadata.PackageNotFoundError(name)
+        return "0.18.0 for CUDA"
+
+    model = make_ir(tiny_llama, lambda n: "affine8/32" if "up_proj" in n else "")
+    monkeypatch.setattr(job.metadata, "version", version)
+    ONNXExporter().export(model, tmp_path / "out", ExportOptions("f16", allow_rounding=True))
+    proto = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    properties = {p.key: p.value for p in proto.metadata_props}
+    assert properties["anyquant.allow_rounding"] == "true"
+    assert properties["anyquant.layout"] == "f16"
+    assert properties["anyquant.graph_source"] == "onnxruntime-genai 0.18.0 for CUDA"
 
 
 def test_plan_without_values_promises_the_same(export_tiny: Callable[..., object]) -> None:

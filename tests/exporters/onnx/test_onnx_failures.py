@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from anyquant import ir
 from anyquant.errors import (
     AnyquantError,
+    CorruptFileError,
     ExportRefused,
     MachineError,
     MissingDependency,
@@ -42,6 +44,7 @@ class _FakeBuilder:
 
     def __call__(self, command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
         request = json.loads(Path(command[-1]).read_text())
+        assert command[1] == "-P"
         assert settings["env"]["HF_HUB_OFFLINE"] == "1"
         if self.result is not None:
             Path(request["result"]).write_text(json.dumps(self.result))
@@ -110,6 +113,43 @@ def test_failures_of_the_builder(
     assert not list(tmp_path.iterdir())
 
 
+def test_child_does_not_import_from_the_current_folder(
+    model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, nearby, work = (tmp_path / name for name in ("here", "here/nearby", "work"))
+    for folder in (here, nearby, work):
+        folder.mkdir()
+    for folder in (here, nearby):
+        (folder / "wave.py").write_text("open('executed', 'w').close()")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(graph_source, "WORKER", "wave")  # of the standard library
+    for path in (None, "", f"{os.pathsep}nearby", "."):
+        monkeypatch.setenv("PYTHONPATH", path) if path is not None else monkeypatch.delenv("PYTHONPATH", raising=False)
+        with pytest.raises(AnyquantError, match="exit code"):
+            graph_source._run(model, work, values=False)
+        assert sorted(p.name for p in here.iterdir()) == ["nearby", "wave.py"]
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"head_dim": [64]}, "head_dim"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"hidden_size": "abc", "num_attention_heads": 4}, "hidden_size"),
+        ({"hidden_size": 64}, "num_attention_heads"),
+        ({"hidden_size": 64, "num_attention_heads": "abc"}, "num_attention_heads"),
+        ({"hidden_size": 64, "num_attention_heads": 0}, "num_attention_heads"),
+    ],
+)
+def test_config_that_makes_no_sense(model: ir.Model, tmp_path: Path, config: dict[str, Any], key: str) -> None:
+    hostile = replace(model, config={"architectures": ["LlamaForCausalLM"], **config})
+    with pytest.raises(CorruptFileError, match=key):
+        ONNXExporter().check(hostile, ExportOptions())
+    with pytest.raises(CorruptFileError, match=key):
+        ONNXExporter().export(hostile, tmp_path / "out", ExportOptions())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnx_ir", "onnxruntime_genai"])
 def test_missing_packages(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     found = graph_source.importlib.util.find_spec  # type: ignore[attr-defined]
@@ -127,7 +167,8 @@ def test_missing_packages(model: ir.Model, tmp_path: Path, monkeypatch: pytest.M
 def test_too_little_disk(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(MachineError, match="and 1 are free"):
+    need = f"{graph_source.temporary_disk(model):,} bytes in .* and 1 are free"
+    with pytest.raises(MachineError, match=need):
         ONNXExporter().export(model, tmp_path / "out", ExportOptions())
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +192,8 @@ def test_failures_while_writing(model: ir.Model, tmp_path: Path, monkeypatch: py
 
     steps: list[tuple[str, int, int]] = []
     out.mkdir()  # an empty folder is as good as none
-    ONNXExporter().export(model, out, ExportOptions(), lambda *step: steps.append(step))
+    plan = ONNXExporter().export(model, out, ExportOptions(), lambda *step: steps.append(step))
+    assert plan.temporary_disk == graph_source.temporary_disk(model)  # what is required before anything is made
     assert steps[-1][1] == steps[-1][2] == len(steps)
     shutil.rmtree(out)
 
@@ -160,7 +202,7 @@ def test_failures_while_writing(model: ir.Model, tmp_path: Path, monkeypatch: py
     data = np.memmap(source.folder / "model.onnx.data", np.uint8, "r+")
     for position in (-1, len(data) // 2):
         data[position] ^= 255
-        with pytest.raises(AnyquantError, match="differ from the IR's"):
+        with pytest.raises(ExportRefused, match="differ from the IR's"):
             ONNXExporter().export(model, out, ExportOptions())
         data[position] ^= 255
     assert [p.name for p in tmp_path.iterdir()] == ["made"]

@@ -113,6 +113,20 @@ def test_malformed_map(folder: Path, text: str) -> None:
         _read(folder)
 
 
+@pytest.mark.parametrize(
+    "entry", [{}, {"zeros": 1}, {"zeros": [-1]}, {"zeros": ["1"]}, {"zeros": [1 << 40]}, {"zero": [1]}]
+)
+def test_malformed_zeros(folder: Path, entry: dict[str, object]) -> None:
+    def change(proto: onnx.ModelProto) -> None:
+        for property in proto.metadata_props:
+            if property.key == "anyquant.tensors":
+                property.value = json.dumps({"x": entry})
+
+    _edit(folder, change)
+    with pytest.raises(CorruptFileError, match="malformed"):
+        _read(folder)
+
+
 def _set_map(proto: onnx.ModelProto, value: object) -> None:
     for entry in proto.metadata_props:
         if entry.key == "anyquant.tensors":
