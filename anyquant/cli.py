@@ -196,7 +196,7 @@ def _mean_error(model: Any) -> float:
     "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar="PATH", help="New file or folder."
 )
 @click.option("--layout", type=click.Choice(["native", "f32", "f16"]), default="native", show_default=True)
-@click.option("--allow-rounding", is_flag=True, help="Let f16 round; recorded in the file.")
+@click.option("--allow-rounding", is_flag=True, help="Round what does not fit; recorded in the file.")
 @click.option("--accuracy-level", type=click.IntRange(0, 4), default=0, show_default=True, help="ONNX: of MatMulNBits.")
 @click.option(
     "--flavor", default="genai", show_default=True, help="ONNX: genai adds what onnxruntime-genai needs; or plain."

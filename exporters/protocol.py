@@ -25,7 +25,7 @@ class ExportOptions:
 
     Attributes:
         layout: one of LAYOUTS.
-        allow_rounding: let layout f16 round; recorded in the file.
+        allow_rounding: round values that do not fit the layout; recorded in the file.
         accuracy_level: ONNX: of MatMulNBits; 0 keeps activations in FP32, 4 rounds them to 8 bits.
         flavor: ONNX: "genai" (with what onnxruntime-genai needs) or "plain".
     """

@@ -22,6 +22,7 @@ from anyquant.checkpoint.gguf_names import (
     layer_tensors,
     norm_offset,
     row_permutation,
+    rows_by_heads,
 )
 from anyquant.checkpoint.gguf_tokenizer import write_tokenizer
 from anyquant.checkpoint.protocol import TensorInfo
@@ -102,10 +103,10 @@ class GGUFCheckpoint(BaseCheckpoint):
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        order = row_permutation(self._arch, name, self.config)
-        if order is not None and order.size != stored.shape[0]:
+        rows = rows_by_heads(self._arch, name, self.config)
+        if rows is not None and rows != stored.shape[0]:
             raise CorruptFileError(
-                f"{self.name}: {name} has {stored.shape[0]} rows, the heads in the metadata make {order.size}."
+                f"{self.name}: {name} has {stored.shape[0]} rows, the heads in the metadata make {rows}."
             )
         if stored.type in ir.DENSE_DTYPES:
             return

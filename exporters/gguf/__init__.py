@@ -17,8 +17,9 @@ from anyquant.exporters.gguf import container, metadata
 from anyquant.exporters.gguf.layout import Layout, Piece, arrange, chunks
 from anyquant.exporters.gguf.metadata import Metadata
 from anyquant.exporters.gguf.reader import read_tensors
-from anyquant.exporters.gguf.write import encoded, write_file
-from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan, Progress
+from anyquant.exporters.gguf.stock import NotExact
+from anyquant.exporters.gguf.write import encoded, refuse_existing, write_file
+from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan
 from anyquant.gguf_container import padded
 
 _NO_METADATA = (
@@ -32,6 +33,7 @@ class GGUFExporter:
     """Writes GGUF files; see ``anyquant.exporters.protocol.Exporter``."""
 
     name = "gguf"
+    summary = "stock types of any llama.cpp; layouts f32 and f16 for the rest"
 
     def check(self, model: ir.Model, options: ExportOptions) -> ExportPlan:
         """Say what would be written, in exactly how many bytes, or which tensors do not fit and why.
@@ -39,51 +41,76 @@ class GGUFExporter:
         Raises:
             UsageError: unknown layout.
             UnknownArchitecture: the family has no known GGUF names.
+            CorruptFileError: config.json lacks a number that is needed, or has an odd one.
             ExportRefused: llama.cpp's converter cannot take the tokenizer or configuration.
         """
         return self._prepare(model, options)[0]
 
     def export(
-        self, model: ir.Model, path: Path, options: ExportOptions, progress: Progress | None = None
+        self, model: ir.Model, path: Path, options: ExportOptions, progress: ir.Progress | None = None
     ) -> ExportPlan:
         """Write the file; nothing is left under its name unless it is whole.
 
         Raises:
             ExportRefused: a tensor cannot be written exactly in this layout.
             MachineError: the disk is full.
-            UsageError, UnknownArchitecture: see :meth:`check`.
+            UsageError: the path exists; and see :meth:`check`.
+            UnknownArchitecture: see :meth:`check`.
         """
+        path = Path(path)
+        refuse_existing(path)
         if not model.has_values:
             raise UsageError("this model is a plan and holds no values: quantize it before exporting")
-        plan, header, base, layout = self._prepare(model, options)
-        plan.require(self.name)
+        # Most tensors fit the type made for their width, so they are read once, to be written.
+        prepared = self._prepare(model, options, examine=False)
+        if not prepared[0].refusals:
+            try:
+                return self._write(model, path, options, progress, *prepared)
+            except NotExact:
+                pass
+        prepared = self._prepare(model, options)
+        prepared[0].require(self.name)
+        return self._write(model, path, options, progress, *prepared)
 
+    def _write(
+        self,
+        model: ir.Model,
+        path: Path,
+        options: ExportOptions,
+        progress: ir.Progress | None,
+        plan: ExportPlan,
+        header: bytes,
+        base: Metadata,
+        layout: Layout,
+    ) -> ExportPlan:
         def tensors() -> Iterator[tuple[str, int, Iterator[np.ndarray]]]:
             count = len(layout.pieces)
             for name, _, _, raw in base.tensors:
                 yield name, len(raw), iter([np.frombuffer(raw, np.uint8)])
             for done, piece in enumerate(layout.pieces, 1):
-                yield piece.name, piece.nbytes, encoded(model.tensor(piece.name), piece)
+                yield piece.name, piece.nbytes, encoded(model.tensor(piece.name), piece, options.allow_rounding)
                 if progress:
                     progress(piece.name, done, count)
 
-        write_file(Path(path), header, tensors(), base.alignment, plan.bytes)
+        write_file(path, header, tensors(), base.alignment, plan.bytes)
         return plan
 
     def read(self, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (IR name, float32 values in IR order) of every tensor, by code that shares nothing with the writer.
+        """Yield (IR name, float32 values in IR order) of every tensor; the values are decoded by gguf-py.
 
         Raises:
             InputError, CorruptFileError: not a GGUF file, or a damaged one.
         """
         return read_tensors(Path(path))
 
-    def _prepare(self, model: ir.Model, options: ExportOptions) -> tuple[ExportPlan, bytes, Metadata, Layout]:
+    def _prepare(
+        self, model: ir.Model, options: ExportOptions, examine: bool = True
+    ) -> tuple[ExportPlan, bytes, Metadata, Layout]:
         """Decide everything before the first byte: the plan, the file's header, and what goes behind it."""
         if options.layout not in LAYOUTS:
             raise UsageError(f"unknown layout {options.layout!r}; GGUF has {', '.join(LAYOUTS)}")
         base = metadata.load(model)
-        layout = arrange(model, base, options)
+        layout = arrange(model, base, options, examine)
         extra = [(name, type_name, shape) for name, type_name, shape, _ in base.tensors]
         own = [(piece.gguf, piece.type, piece.shape) for piece in layout.pieces]
         values = metadata.finish(base, model, options, [(t, s) for _, t, s in own], layout.names)
@@ -97,8 +124,8 @@ class GGUFExporter:
                 f"{layout.assumed} tensors are assumed to fit the type made for their width; whether each one does "
                 "shows in its values, at export."
             )
-        if options.allow_rounding and options.layout == "f16":
-            notes.append("Values may be rounded to FP16; the file says so in anyquant.allow_rounding.")
+        if options.allow_rounding:
+            notes.append("Values that do not fit may be rounded; the file says so in anyquant.allow_rounding.")
         plan = ExportPlan(
             options.layout,
             {"": len(header) + sum(sizes)},

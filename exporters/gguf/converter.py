@@ -3,6 +3,9 @@
 It alone knows each family's metadata and each tokenizer's pre-tokenizer, and it has no stable interface but its
 command line. Given config.json and the tokenizer files and no tensors, it writes a GGUF file of all key-values
 and of the tensors it makes itself (rotary factors), so no float copy of the model is ever written.
+
+It tells transformers to trust the code of the folder it is given, so the folder holds none: a few kinds of data
+files, and no key that names code.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ from typing import Any
 
 from anyquant import ir
 from anyquant.errors import ExportRefused, InputError, MachineError, MissingDependency, UsageError
+from anyquant.ir.json_io import read_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 ROOT_VARIABLE = "LLAMA_CPP_ROOT"
 _SECONDS = 900
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json")
+_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+# keys that name code, or another configuration that may
+_CODE = ("auto_map", "configuration_files", "lfm", "ssm_cfg")
 _NEWER = f"Next: set {ROOT_VARIABLE} to a newer checkout of llama.cpp and export again."
 _cache: dict[str, bytes] = {}
 
@@ -37,7 +43,7 @@ def find_converter() -> Path:
     """
     root = os.environ.get(ROOT_VARIABLE)
     if root:
-        script = Path(root).expanduser() / SCRIPT
+        script = Path(root).expanduser().absolute() / SCRIPT
         if not script.is_file():
             raise UsageError(
                 f"{ROOT_VARIABLE} is {root!r}, but there is no {SCRIPT} in it. Point it to llama.cpp's folder."
@@ -57,7 +63,7 @@ def convert(model: ir.Model) -> bytes:
     The result is cached for the process: planning asks for it often, and one run takes seconds.
 
     Raises:
-        InputError: the model has no tokenizer files.
+        InputError, CorruptFileError: the model has no tokenizer files, or one that is not readable.
         ExportRefused: the converter fails, or drops the vocabulary's chat template.
         MissingDependency, UsageError: see :func:`find_converter`.
     """
@@ -72,25 +78,43 @@ def convert(model: ir.Model) -> bytes:
             folder.mkdir()
             (folder / "config.json").write_text(text, encoding="utf-8")
             for file, path in files.items():
-                (folder / file).symlink_to(path.resolve())
+                if file.endswith("config.json"):
+                    cleaned = _without_code(read_json(path))
+                    (folder / file).write_text(json.dumps(cleaned), encoding="utf-8")
+                else:
+                    (folder / file).symlink_to(path.resolve())
             _cache[key] = _run(script, folder, Path(temporary) / "metadata.gguf", name)
     return _cache[key]
 
 
 def _config(model: ir.Model) -> dict[str, Any]:
-    """The source's config.json, with a key that the converter needs and newer transformers leave out."""
-    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    """The source's config.json as the converter may see it, with a key that newer transformers leave out.
+
+    No known family has configurations within its configuration; the converter would choose its code by them.
+    """
+    config = {key: value for key, value in _without_code(model.config).items() if not key.endswith("_config")}
     if config.get("model_type") == "gpt2" and "n_positions" in config:
         config.setdefault("n_ctx", config["n_positions"])
     return config
 
 
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _CODE}
+
+
 def side_files(model: ir.Model) -> dict[str, Path]:
-    """Return the files that the converter needs beside config.json: tokenizer, templates, generation settings."""
+    """Return the files that the converter needs beside config.json: tokenizer, templates, generation settings.
+
+    Raises:
+        InputError: there is no tokenizer among them.
+    """
     files = {
         name: path
         for name, path in model.files.items()
-        if Path(name).name == name and name != "config.json" and not name.endswith(_WEIGHTS)
+        if Path(name).name == name
+        and name != "config.json"
+        and name.endswith(_SUFFIXES)
+        and not name.endswith(".index.json")
     }
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "merges")) for name in files):
         raise InputError(
@@ -122,13 +146,18 @@ def _fingerprint(script: Path, name: str, config: str, files: dict[str, Path]) -
 
 def _run(script: Path, folder: Path, output: Path, name: str) -> bytes:
     command = [sys.executable, str(script), str(folder), "--outtype", "f32", "--outfile", str(output)]
-    environment = {key: value for key, value in os.environ.items() if key != "NO_LOCAL_GGUF"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("NO_LOCAL_GGUF", "PYTHONSAFEPATH")}
+    # Modules come from absolute places only. The script's own folder, which it imports from, is one of them.
+    paths = [path for path in environment.pop("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(path)]
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     # Nothing may be fetched behind the user's back; all files are in the folder.
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(
             [*command, "--model-name", name],
             env=environment,
+            cwd=output.parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from anyquant import ir
-from anyquant.checkpoint.gguf_names import gguf_to_hf_name, hf_to_gguf_name, norm_offset, row_permutation
+from anyquant.checkpoint.gguf_names import (
+    gguf_to_hf_name,
+    hf_to_gguf_name,
+    norm_offset,
+    row_permutation,
+    rows_by_heads,
+)
 from anyquant.exporters.gguf import container, stock
 from anyquant.exporters.gguf.metadata import Metadata
 from anyquant.exporters.protocol import ExportOptions, Refusal
@@ -61,15 +67,26 @@ class Layout:
     assumed: int
 
 
-def arrange(model: ir.Model, base: Metadata, options: ExportOptions) -> Layout:
-    """Decide name, type and order of every tensor; reads values only where the decision depends on them."""
+def arrange(model: ir.Model, base: Metadata, options: ExportOptions, examine: bool) -> Layout:
+    """Decide name, type and order of every tensor; reads values only where the decision depends on them.
+
+    Args:
+        model: the model.
+        base: what comes beside its tensors.
+        options: of the export.
+        examine: False takes matrices to fit the type made for their width, as nearly all do; writing one that does
+            not raises ``stock.NotExact``.
+
+    Raises:
+        CorruptFileError: the heads in config.json are missing or odd.
+    """
     pieces: list[Piece] = []
     refusals: list[Refusal] = []
     assumed = 0
     taken = {name: "the model's metadata" for name, *_ in base.tensors}
     for name, entry in model.entries.items():
         try:
-            piece = _piece(model, name, base.architecture, options)
+            piece = _piece(model, name, base.architecture, options, examine and model.has_values)
         except _Misfit as error:
             refusals.append(Refusal(name, str(error), error.remedy))
             continue
@@ -95,7 +112,7 @@ class _Misfit(Exception):
         self.remedy = remedy
 
 
-def _piece(model: ir.Model, name: str, architecture: str, options: ExportOptions) -> Piece:
+def _piece(model: ir.Model, name: str, architecture: str, options: ExportOptions, examine: bool) -> Piece:
     spec = model.entries[name].spec
     gguf = hf_to_gguf_name(architecture, name)
     if gguf is None:
@@ -103,14 +120,15 @@ def _piece(model: ir.Model, name: str, architecture: str, options: ExportOptions
             f"no GGUF name is known for it in architecture {architecture}",
             "export to ONNX, which takes any architecture",
         )
-    order = row_permutation(architecture, name, model.config)
-    if order is not None and len(order) != spec.shape[0]:
+    rows = rows_by_heads(architecture, name, model.config)
+    if rows is not None and spec.shape[:1] != (rows,):
         raise _Misfit(
-            f"has {spec.shape[0]} rows, but the heads in config.json make {len(order)}",
+            f"has shape {list(spec.shape)}, but the heads in config.json make {rows} rows",
             "check num_attention_heads, num_key_value_heads and head_dim in config.json",
         )
     offset = norm_offset(architecture, name)
-    return Piece(name, gguf, _type(model, name, gguf, offset, options), spec.shape, order, offset)
+    order = row_permutation(architecture, name, model.config)
+    return Piece(name, gguf, _type(model, name, gguf, offset, options, examine), spec.shape, order, offset)
 
 
 def _remedy(spec: ir.Spec, options: ExportOptions) -> str:
@@ -129,7 +147,7 @@ def _depends_on_values(spec: ir.Spec, options: ExportOptions) -> bool:
     return not isinstance(spec, ir.GGMLSpec) and options.layout != "f32"
 
 
-def _type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportOptions) -> str:
+def _type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportOptions, examine: bool) -> str:
     """The ggml type of one tensor.
 
     Raises:
@@ -143,12 +161,14 @@ def _type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportO
     if options.layout == "f32":
         return "F32"
     if options.layout == "f16":
-        if model.has_values:
+        if examine:
             _require_f16(model.tensor(name), options)
         return "F16"
     if isinstance(spec, ir.CodebookSpec):
         raise stock.NotExact("no stock type has a codebook per row or column")
-    return stock.choose(model.tensor(name)) if model.has_values else stock.expected_type(spec)
+    if model.has_values and (examine or not stock.expects_first(spec)):
+        return stock.choose(model.tensor(name))
+    return stock.expected_type(spec)
 
 
 def _dense_type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportOptions) -> str:

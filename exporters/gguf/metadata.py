@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from anyquant import __version__, ir
-from anyquant.checkpoint.gguf_names import ROPE_TENSORS, SUPPORTED_ARCHITECTURES, gguf_architecture
+from anyquant.checkpoint.gguf_names import (
+    MODEL_CLASSES,
+    ROPE_TENSORS,
+    SUPPORTED_ARCHITECTURES,
+    checked_size,
+    gguf_architecture,
+    head_dim,
+)
 from anyquant.checkpoint.gguf_rope import llama3_factors
 from anyquant.errors import CorruptFileError, ExportRefused, MissingDependency, UnknownArchitecture
 from anyquant.exporters.gguf import container, converter
@@ -20,6 +27,7 @@ from anyquant.gguf_container import ALIGNMENT, Data, map_file, parse
 SOURCE = "source.gguf"
 NAMES_KEY = "anyquant.names"
 QUANTIZATION_VERSION = 2
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # ggml's general.file_type for a file whose matrices are mostly of a type
 FILE_TYPES = {
     "F32": 0,
@@ -83,6 +91,7 @@ def load(model: ir.Model) -> Metadata:
         return Metadata(architecture, complete=False)
     if not model.files and not model.has_values:
         return Metadata(architecture, complete=False)
+    _require_known_class(model.config)
     made = _parse(converter.convert(model), "the converter's output")
     if made.architecture != architecture:
         raise UnknownArchitecture(
@@ -110,20 +119,55 @@ def _known(architecture: str, where: str) -> str:
     return family
 
 
+def _require_known_class(config: dict[str, Any]) -> None:
+    """Refuse any class but those of the known families: it selects the code that the converter runs."""
+    found = config.get("architectures")
+    if found is not None and not (
+        isinstance(found, list) and found and all(str(name) in MODEL_CLASSES for name in found)
+    ):
+        raise UnknownArchitecture(
+            f"architectures in config.json is {found!r:.80}, not one of those whose GGUF names are known "
+            f"({', '.join(sorted(MODEL_CLASSES))}). Export to ONNX instead."
+        )
+
+
+def _positive(config: Mapping[str, Any], key: str) -> float:
+    value: Any = config.get(key)
+    if type(value) not in (int, float) or not 1e-6 <= value <= 1e12:
+        raise CorruptFileError(
+            f"{key} of the rotary scaling in config.json is {value!r:.40}, must be a number in 1e-6..1e12. "
+            "Compare with the config.json of the original model."
+        )
+    return float(value)
+
+
+def _factors(scaling: dict[str, Any], key: str) -> list[float]:
+    values = scaling.get(key)
+    if not isinstance(values, list) or not values:
+        raise CorruptFileError(f"{key} of rope_scaling in config.json is {values!r:.40}, must be a list of numbers")
+    return [_positive({key: value}, key) for value in values]
+
+
 def _rotary_factors(config: dict[str, Any]) -> tuple[ExtraTensor, ...]:
     """The tensors that llama.cpp wants where the config scales rotary frequencies: Llama 3's rule, or Phi-3's lists.
 
     Without them it would compute something else without a word.
+
+    Raises:
+        CorruptFileError: a number that they follow from is missing or odd; names its key.
     """
-    scaling = config.get("rope_scaling") or {}
+    scaling = {} if config.get("rope_scaling") is None else config["rope_scaling"]
+    if not isinstance(scaling, dict):
+        raise CorruptFileError(f"rope_scaling in config.json is {scaling!r:.40}, must be a JSON object")
     kind = scaling.get("rope_type")
     made: dict[str, Any] = {}
     if kind == "llama3":
-        heads = int(config["num_attention_heads"])
-        head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-        made["rope_freqs.weight"] = llama3_factors(float(config["rope_theta"]), head_dim, scaling)
+        checked = {key: _positive(scaling, key) for key in _LLAMA3_KEYS}
+        if checked["low_freq_factor"] >= checked["high_freq_factor"]:
+            raise CorruptFileError("low_freq_factor of rope_scaling in config.json is not below high_freq_factor")
+        made["rope_freqs.weight"] = llama3_factors(_positive(config, "rope_theta"), head_dim(config), checked)
     elif kind == "longrope":
-        made = {f"rope_factors_{side}.weight": scaling[f"{side}_factor"] for side in ("long", "short")}
+        made = {f"rope_factors_{side}.weight": _factors(scaling, f"{side}_factor") for side in ("long", "short")}
     arrays = {name: np.asarray(values, "<f4") for name, values in made.items()}
     return tuple((name, "F32", array.shape, array.tobytes()) for name, array in arrays.items())
 
@@ -150,9 +194,9 @@ def _completed(made: Metadata, model: ir.Model) -> Metadata:
         raise MissingDependency("gguf", "gguf", "exporting to GGUF") from None
     total = sum(entry.spec.numel for entry in model.entries.values())
     values = {**made.values, "general.size_label": container.string_value(size_label(total, total, 0, 0))}
-    if made.architecture == "gpt2" and model.config.get("n_inner"):
+    if made.architecture == "gpt2" and model.config.get("n_inner") is not None:
         # It takes the MLP for 4 times the width, whatever the config says.
-        values["gpt2.feed_forward_length"] = container.uint32_value(int(model.config["n_inner"]))
+        values["gpt2.feed_forward_length"] = container.uint32_value(checked_size(model.config, "n_inner"))
     return replace(made, values=values)
 
 
@@ -195,6 +239,6 @@ def finish(
     if names:
         own[NAMES_KEY] = json.dumps(names)
     values |= {key: container.string_value(text) for key, text in own.items()}
-    if options.layout == "f16" and options.allow_rounding:
+    if options.allow_rounding:  # also norms of Gemma and F64 tensors may be rounded then, in any layout
         values["anyquant.allow_rounding"] = container.bool_value(True)
     return values

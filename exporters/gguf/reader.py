@@ -1,8 +1,9 @@
 """Reading a GGUF file back into IR names, order and FP32 values.
 
-Independent of what was written: gguf-py's reader finds the tensors and its reference functions dequantize them;
-the names and the order of rows follow from the file's own metadata. Our own parser only checks beforehand that
-no count or offset leads outside the file, which gguf-py takes on trust.
+The values come from gguf-py: its reader finds the tensors and its reference functions dequantize them, so none of
+the encoding is ours. Names and the order of rows follow from the file's metadata by the same table that the writer
+uses, which the tests compare with llama.cpp's own converter. Our parser only checks beforehand that no count or
+offset leads outside the file, which gguf-py takes on trust.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from anyquant.checkpoint.gguf_names import (
     inverse_permutation,
     norm_offset,
     row_permutation,
+    rows_by_heads,
 )
 from anyquant.errors import CorruptFileError, MissingDependency, UnknownArchitecture
 from anyquant.exporters.gguf import container
@@ -65,14 +67,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def _in_ir_order(values: np.ndarray, name: str, architecture: str, config: Mapping[str, Any], path: Path) -> np.ndarray:
     try:
-        order = row_permutation(architecture, name, config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CorruptFileError(f"{path.name}: head counts are missing or odd in the metadata: {error!r}") from None
+        rows = rows_by_heads(architecture, name, config)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path.name}: head counts are missing or odd in the metadata: {error}") from None
+    if rows is not None and rows != len(values):
+        raise CorruptFileError(f"{path.name}: {name} has {len(values)} rows, but the heads in the metadata make {rows}")
+    order = row_permutation(architecture, name, config)
     if order is not None:
-        if len(order) != len(values):
-            raise CorruptFileError(
-                f"{path.name}: {name} has {len(values)} rows, but the heads in the metadata make {len(order)}"
-            )
         values = values[inverse_permutation(order)]
     offset = norm_offset(architecture, name)
     if offset:

@@ -39,7 +39,7 @@ def expected_type(spec: ir.BlockSpec | ir.AffineSpec) -> str:
         NotExact: no stock type can hold it; the message says why.
     """
     types = candidates(spec)
-    if isinstance(spec, ir.AffineSpec) or spec.block == 32:
+    if isinstance(spec, ir.AffineSpec) or spec.block == 32:  # as in expects_first, spelled out for the type checker
         return types[0]
     if spec.width <= 6 and "Q6_K" in types:
         return "Q6_K"
@@ -69,6 +69,11 @@ def candidates(spec: ir.BlockSpec | ir.AffineSpec) -> list[str]:
         types.remove(natural)
         types.insert(0, natural)
     return types
+
+
+def expects_first(spec: ir.BlockSpec | ir.AffineSpec) -> bool:
+    """Whether :func:`expected_type` is the first of :func:`candidates`, so that :func:`choose` agrees if it fits."""
+    return isinstance(spec, ir.AffineSpec) or spec.block == 32
 
 
 def choose(tensor: ir.Tensor) -> str:

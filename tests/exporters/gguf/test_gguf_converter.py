@@ -156,13 +156,13 @@ def test_every_layout_of_a_hugging_face_source(exported: tuple[ir.Model, Path, P
     model = exported[0]
     exporter = GGUFExporter()
     for layout in ("native", "f32", "f16"):
-        plan = exporter.export(model, tmp_path / "x.gguf", ExportOptions(layout))
-        assert plan.bytes == (tmp_path / "x.gguf").stat().st_size
+        plan = exporter.export(model, tmp_path / layout, ExportOptions(layout))
+        assert plan.bytes == (tmp_path / layout).stat().st_size
         assert plan == exporter.check(model, ExportOptions(layout))
         # Planning from the checkpoint's side files knows the bytes before there are values.
         planned = replace(model, path=None, _readers={})
         assert exporter.check(planned, ExportOptions(layout)).bytes == plan.bytes
-        found = {name: ir.digest(values) for name, values in exporter.read(tmp_path / "x.gguf")}
+        found = {name: ir.digest(values) for name, values in exporter.read(tmp_path / layout)}
         assert found == {name: entry.sha256 for name, entry in model.entries.items()}
 
 
@@ -199,8 +199,9 @@ def test_names_rows_and_values_of_other_families_are_the_converter_s(
         assert _tensors(path) == _tensors(reference), name
         if name == "gemma2":
             continue
-        exporter.export(with_source, path, ExportOptions("native"))
-        found = {tensor: ir.digest(values) for tensor, values in exporter.read(path)}
+        native = tmp_path / name / "native.gguf"
+        exporter.export(with_source, native, ExportOptions("native"))
+        found = {tensor: ir.digest(values) for tensor, values in exporter.read(native)}
         assert found == {tensor: entry.sha256 for tensor, entry in model.entries.items()}, name
 
 
@@ -238,7 +239,11 @@ def test_an_unknown_pre_tokenizer_is_an_error_that_says_what_to_do(
 def small(save_ir: Callable[..., ir.Model], tmp_path: Path) -> ir.Model:
     tensors = {"model.norm.weight": ir.Tensor(ir.DenseSpec((4,), "F32"), {".dense": np.ones(4, np.float32)})}
     files = {"tokenizer.json": b"{}", "chat_template.jinja": b"x", "vocab.bin": b"", "source.txt": b""}
-    return save_ir(tmp_path / "ir", tensors, {"model_type": "llama", "quantization_config": {}}, files=files)
+    files |= {"tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}, "bos_token": "a"}'}
+    files |= {"evil.py": b"", "evil.pkl": b"", "model.safetensors.index.json": b"{}"}
+    config = {"model_type": "llama", "quantization_config": {}, "auto_map": {"AutoConfig": "evil.Config"}}
+    config |= {"text_config": {"architectures": ["ChatGLMModel"]}, "configuration_files": ["tokenizer.json"]}
+    return save_ir(tmp_path / "ir", tensors, config, files=files)
 
 
 @pytest.fixture
@@ -269,7 +274,8 @@ def test_the_converter_sees_side_files_and_no_weights(
     log = tmp_path / "log.json"
     fake(
         f"config = json.loads((folder / 'config.json').read_text())\n"
-        f"seen = [sorted(os.listdir(folder)), config, sys.argv[-2:], os.environ['HF_HUB_OFFLINE']]\n"
+        f"tokenizer = json.loads((folder / 'tokenizer_config.json').read_text())\n"
+        f"seen = [sorted(os.listdir(folder)), config, tokenizer, sys.argv[-2:], os.environ['HF_HUB_OFFLINE']]\n"
         f"log = pathlib.Path({str(log)!r})\n"
         f"assert not log.exists()\n"  # a second run for the same model would be a waste
         f"log.write_text(json.dumps(seen))\n" + _writes(raw_value, **values)
@@ -277,11 +283,69 @@ def test_the_converter_sees_side_files_and_no_weights(
     plan = GGUFExporter().export(small, tmp_path / "x.gguf", ExportOptions())
     assert plan.temporary_disk > 0
     assert json.loads(log.read_text()) == [
-        ["chat_template.jinja", "config.json", "source.txt", "tokenizer.json"],
+        ["chat_template.jinja", "config.json", "source.txt", "tokenizer.json", "tokenizer_config.json"],
         {"model_type": "llama"},
+        {"bos_token": "a"},
         ["--model-name", "tiny"],
         "1",
     ]
+
+
+@pytest.mark.parametrize("module", ["evil", "{folder}--evil"])
+def test_code_in_an_ir_folder_is_not_run(
+    save_ir: Callable[..., ir.Model], fake: Callable[[str], Path], tmp_path: Path, module: str
+) -> None:
+    """The tokenizer is opened as llama.cpp's converter opens it for many families: trusting the folder."""
+    marker = tmp_path / "marker"
+    reference = f"{module.format(folder=tmp_path / 'ir')}.Tokenizer"
+    evil = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Tokenizer: pass"
+    tokenizer_config = {"auto_map": {"AutoTokenizer": [reference, reference]}, "tokenizer_class": "Tokenizer"}
+    files = {"tokenizer.json": b"{}", "tokenizer_config.json": json.dumps(tokenizer_config).encode()}
+    tensors = {"model.norm.weight": ir.Tensor(ir.DenseSpec((4,), "F32"), {".dense": np.ones(4, np.float32)})}
+    model = save_ir(tmp_path / "ir", tensors, {"model_type": "llama"}, files={**files, "evil.py": evil.encode()})
+    fake(
+        "from transformers import AutoTokenizer\n"
+        "try: AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+        "except Exception as error: sys.exit(f'opened: {error}')"
+    )
+    with pytest.raises(ExportRefused, match=r"exit [01]\)"):
+        GGUFExporter().check(model, ExportOptions())
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("classes", [["ChatGLMModel"], ["LlamaForCausalLM", "ChatGLMModel"], [], "LlamaModel", [{}]])
+def test_other_classes_than_those_of_the_families_do_not_reach_the_converter(
+    small: ir.Model, fake: Callable[[str], Path], tmp_path: Path, classes: object
+) -> None:
+    fake(f"pathlib.Path({str(tmp_path / 'run')!r}).touch()")
+    with pytest.raises(UnknownArchitecture, match=r"architectures in config\.json is .*LlamaForCausalLM"):
+        GGUFExporter().check(replace(small, config={**small.config, "architectures": classes}), ExportOptions())
+    assert not (tmp_path / "run").exists()
+
+
+def test_modules_in_the_current_folder_are_not_imported(
+    small: ir.Model,
+    fake: Callable[[str], Path],
+    raw_value: Callable[[object], bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    for folder in (here, here / "sub"):
+        (folder / "gguf_trap.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "sub", str(tmp_path)]))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # would hide the converter's own modules
+    values = {"general__architecture": "llama", "tokenizer__ggml__tokens": ["a"], "tokenizer__chat_template": "x"}
+    folder = fake(
+        f"try: import gguf_trap\nexcept ImportError: pass\nimport beside\nassert {str(tmp_path)!r} in sys.path\n"
+        "assert pathlib.Path.cwd() == output.parent\n" + _writes(raw_value, **values)
+    )
+    (folder / "beside.py").touch()
+    monkeypatch.setenv(converter.ROOT_VARIABLE, os.path.relpath(folder))
+    GGUFExporter().check(small, ExportOptions())
+    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(
@@ -317,6 +381,16 @@ def test_what_the_converter_must_not_lose(
     fake(_writes(raw_value, general__architecture="llama", tokenizer__ggml__tokens=["a"]))
     with pytest.raises(ExportRefused, match=r"chat template, but llama\.cpp's converter lost it"):
         exporter.check(small, ExportOptions())
+
+
+@pytest.mark.parametrize("width", ["abc", -1, 1 << 40])
+def test_an_odd_width_of_gpt2_is_no_traceback(
+    small: ir.Model, fake: Callable[[str], Path], raw_value: Callable[[object], bytes], width: object
+) -> None:
+    values = {"general__architecture": "gpt2", "tokenizer__ggml__tokens": ["a"], "tokenizer__chat_template": "x"}
+    fake(_writes(raw_value, **values))
+    with pytest.raises(CorruptFileError, match="n_inner of the configuration is"):
+        GGUFExporter().check(replace(small, config={"model_type": "gpt2", "n_inner": width}), ExportOptions())
 
 
 def test_a_converter_that_hangs_or_does_not_start(

@@ -27,6 +27,13 @@ from anyquant.exporters.protocol import ExportOptions
 from anyquant.gguf_container import parse
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LAYER = "model.layers.0"
 Q_PROJ = f"{LAYER}.self_attn.q_proj.weight"
 UP_PROJ = f"{LAYER}.mlp.up_proj.weight"
@@ -183,16 +190,7 @@ def test_planning_with_the_whole_source_file_counts_the_same(
 @pytest.mark.parametrize(
     ("scaling", "expected"),
     [
-        (
-            {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-            {"rope_freqs.weight"},
-        ),
+        (LLAMA3, {"rope_freqs.weight"}),
         (
             {"rope_type": "longrope", "long_factor": [1.5] * 8, "short_factor": [1.0] * 8},
             {"rope_factors_long.weight", "rope_factors_short.weight"},
@@ -226,10 +224,10 @@ def test_stock_blocks_are_copied_verbatim_in_llama_cpp_s_row_order(
         tmp_path / "ir", tensors, CONFIG, kind="gguf", files={"source.gguf": container.header_bytes(source, [])}
     )
     for layout in ("native", "f32", "f16"):
-        plan, found = _export(model, tmp_path / "x.gguf", layout=layout)
+        plan, found = _export(model, tmp_path / layout, layout=layout)
         assert plan.types[Q_PROJ] == "Q4_1"
         _assert_equal(model, found)
-        stored = {t.name: t.data for t in GGUFReader(tmp_path / "x.gguf").tensors}["blk.0.attn_q.weight"]
+        stored = {t.name: t.data for t in GGUFReader(tmp_path / layout).tensors}["blk.0.attn_q.weight"]
         np.testing.assert_array_equal(stored, blocks.reshape(4, 2, 8, 40).swapaxes(1, 2).reshape(64, 40))
 
 
@@ -263,10 +261,10 @@ def test_codebooks_need_layout_f32(
     assert not (tmp_path / "x.gguf").exists()
     plan, found = _export(model, tmp_path / "x.gguf", layout="f32")
     _assert_equal(model, found)
-    plan, found = _export(model, tmp_path / "x.gguf", layout="f16", allow_rounding=True)
+    plan, found = _export(model, tmp_path / "y.gguf", layout="f16", allow_rounding=True)
     assert "rounded" in plan.notes[0]
     np.testing.assert_array_equal(found[UP_PROJ], model.dequantize(UP_PROJ).astype(np.float16))
-    header = parse((tmp_path / "x.gguf").read_bytes(), "x")
+    header = parse((tmp_path / "y.gguf").read_bytes(), "x")
     assert header.get("anyquant.allow_rounding") is True
 
 
@@ -342,6 +340,41 @@ def test_heads_that_contradict_the_shape(model: ir.Model) -> None:
     assert "heads in config.json make 128" in plan.refusals[0].reason
 
 
+@pytest.mark.parametrize("value", [None, "abc", 0, -4, [4], 4.5, True, 10**11])
+def test_heads_that_are_no_number(model: ir.Model, value: object) -> None:
+    with pytest.raises(CorruptFileError, match="num_attention_heads of the configuration is"):
+        GGUFExporter().check(replace(model, config={**CONFIG, "num_attention_heads": value}), ExportOptions())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": [16]}, r"head_dim of the configuration is \[16\]"),
+        ({"head_dim": 15}, "a head has 15 rows"),
+        ({"hidden_size": 2}, "a head has 0 rows"),
+        ({"hidden_size": None}, "hidden_size of the configuration is None"),
+        ({"num_key_value_heads": "x"}, "num_key_value_heads of the configuration is 'x'"),
+        ({"rope_scaling": "x"}, "rope_scaling in config.json is 'x'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor of the rotary scaling in config.json is None"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "not below high_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "factor": float("inf")}}, "factor of the rotary scaling in config.json is inf"),
+        ({"rope_scaling": LLAMA3, "rope_theta": "x"}, "rope_theta of the rotary scaling in config.json is 'x'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "long_factor of rope_scaling in config.json is None"),
+        ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1, "x"]}}, "long_factor of the .* is 'x'"),
+    ],
+)
+def test_sizes_of_the_config_that_are_odd(model: ir.Model, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorruptFileError, match=message):
+        GGUFExporter().check(replace(model, config={**CONFIG, **changes}), ExportOptions())
+
+
+def test_heads_beyond_the_rows_allocate_nothing(model: ir.Model) -> None:
+    """An order of 2**39 rows would be 4 TiB."""
+    huge = {**CONFIG, "num_attention_heads": 1 << 20, "num_key_value_heads": 1 << 20, "head_dim": 1 << 19}
+    plan = GGUFExporter().check(replace(model, config=huge), ExportOptions())
+    assert f"heads in config.json make {1 << 39} rows" in plan.refusals[0].reason
+
+
 def test_exact_f64_and_names_without_prefix(
     tensors: dict[str, ir.Tensor], source: dict[str, bytes], save_ir: Callable[..., ir.Model], tmp_path: Path
 ) -> None:
@@ -370,7 +403,9 @@ def test_norms_of_gemma_are_written_plus_one(
     )
     with pytest.raises(ExportRefused, match="1 of its values would be rounded"):
         GGUFExporter().export(tiny, tmp_path / "y.gguf", ExportOptions())
-    assert GGUFExporter().check(tiny, ExportOptions(allow_rounding=True)).refusals == ()
+    plan = GGUFExporter().export(tiny, tmp_path / "y.gguf", ExportOptions(allow_rounding=True))
+    assert "rounded" in plan.notes[0]
+    assert parse((tmp_path / "y.gguf").read_bytes(), "y").get("anyquant.allow_rounding") is True
 
 
 def test_progress_counts_tensors(model: ir.Model, tmp_path: Path) -> None:
@@ -380,19 +415,74 @@ def test_progress_counts_tensors(model: ir.Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
-def test_an_interrupted_export_leaves_what_was_there(model: ir.Model, tmp_path: Path, error: BaseException) -> None:
-    (tmp_path / "out").mkdir()
-    path = tmp_path / "out" / "x.gguf"
-    path.write_bytes(b"older")
-
+def test_an_interrupted_export_leaves_nothing(model: ir.Model, tmp_path: Path, error: BaseException) -> None:
     def interrupt(name: str, done: int, count: int) -> None:
         if done == 3:
             raise error
 
+    path = tmp_path / "out" / "x.gguf"
     with pytest.raises(type(error)):
         GGUFExporter().export(model, path, ExportOptions(), interrupt)
-    assert [p.name for p in path.parent.iterdir()] == ["x.gguf"]
-    assert path.read_bytes() == b"older"
+    assert not list(path.parent.iterdir())
+
+
+def test_nothing_that_exists_is_replaced(model: ir.Model, tmp_path: Path) -> None:
+    (tmp_path / "older").write_bytes(b"older")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "older", tmp_path / "dangling", Path("/dev/null")):
+        with pytest.raises(UsageError, match=r"exists\. Choose another -o"):
+            GGUFExporter().export(model, path, ExportOptions("wrong too, but told later"))
+    assert (tmp_path / "older").read_bytes() == b"older"
+
+    def appear(name: str, done: int, count: int) -> None:
+        (tmp_path / "new").write_bytes(b"of somebody else")
+
+    with pytest.raises(UsageError, match="exists"):
+        GGUFExporter().export(model, tmp_path / "new", ExportOptions(), appear)
+    assert (tmp_path / "new").read_bytes() == b"of somebody else"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_temporary_file_of_somebody_else_is_left_alone(
+    model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write.secrets, "token_hex", lambda count: "0")
+    other = tmp_path / ".x.gguf.partial-0"
+    other.write_bytes(b"other")
+    with pytest.raises(MachineError, match="File exists"):
+        GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions())
+    assert other.read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("layout", ["native", "f32", "f16"])
+def test_every_tensor_is_read_once(
+    model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    read: list[str] = []
+    tensor = ir.Model.tensor
+
+    def counted(self: ir.Model, name: str) -> ir.Tensor:
+        read.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(ir.Model, "tensor", counted)
+    GGUFExporter().export(model, tmp_path / "x.gguf", ExportOptions(layout))
+    assert read == list(model.entries)
+
+
+def test_a_tensor_that_needs_another_type_than_most(
+    tensors: dict[str, ir.Tensor],
+    source: dict[str, bytes],
+    bfp: Callable[..., ir.Tensor],
+    save_ir: Callable[..., ir.Model],
+    tmp_path: Path,
+) -> None:
+    tensors[UP_PROJ] = bfp(np.full((96, 64), 7), np.full((96, 2), 19), 4, 32)
+    files = {"source.gguf": container.header_bytes(source, [])}
+    model = save_ir(tmp_path / "ir", tensors, CONFIG, kind="gguf", files=files)
+    plan, found = _export(model, tmp_path / "x.gguf")
+    assert plan.types[UP_PROJ] == "Q5_0"
+    _assert_equal(model, found)
 
 
 def test_a_full_disk_is_the_machine_s_fault(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
