@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from anyquant import __version__
-from anyquant.console import Group, Output, Size, mebibytes, run
+from anyquant.console import Group, Output, Size, run
 
 MODEL = click.argument("model", metavar="MODEL")
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -66,7 +66,7 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest: Any) -> Any:
-    from anyquant.pipeline import Job, Target
+    from anyquant.planning import Job, Target
 
     options: dict[str, Any] = {}
     if rest["block"]:
@@ -112,23 +112,13 @@ def inspect(out: Output, model: str, revision: str | None, trust_remote_code: bo
     """
     from anyquant import ir
     from anyquant.inspection import inspect_checkpoint, inspect_ir
+    from anyquant.summary import inspection_text
 
     if (Path(model) / "anyquant.json").is_file():
         data = inspect_ir(ir.open_ir(model))
     else:
         data = inspect_checkpoint(_open(model, revision, trust_remote_code))
-    out.result(data, lambda: "\n".join(f"{key.replace('_', ' '):<18} {_words(value)}" for key, value in data.items()))
-
-
-def _words(value: Any, nested: bool = False) -> str:
-    if isinstance(value, dict):
-        text = ", ".join(f"{k}: {_words(v, nested=True)}" for k, v in value.items()) or "none"
-        return f"({text})" if nested else text
-    if isinstance(value, list):
-        return ", ".join(map(_words, value))
-    if isinstance(value, float):
-        return f"{value:.4f}".rstrip("0").rstrip(".")
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    out.result(data, lambda: inspection_text(data))
 
 
 @cli.command()
@@ -142,7 +132,7 @@ def plan(out: Output, model: str, revision: str | None, trust_remote_code: bool,
     Example: anyquant plan SmolLM2.gguf --bits 4.25
              anyquant plan SmolLM2.gguf --size 100MB --for gguf
     """
-    from anyquant.pipeline import plan as work_out
+    from anyquant.planning import plan as work_out
     from anyquant.summary import plan_data, plan_text
 
     checkpoint = _open(model, revision, trust_remote_code)
@@ -169,8 +159,8 @@ def quantize(
              anyquant quantize SmolLM2.gguf -o small --size 90MB
     """
     from anyquant import ir
-    from anyquant.pipeline import plan as work_out
     from anyquant.pipeline import run as work
+    from anyquant.planning import plan as work_out
     from anyquant.summary import plan_data, quantized_text
 
     ir.refuse_existing(output)
@@ -308,25 +298,10 @@ def doctor(out: Output) -> None:
     \b
     Example: anyquant doctor
     """
-    from anyquant.doctor import CONFLICT, PACKAGES, diagnose
+    from anyquant.doctor import diagnose, diagnosis_text
 
     data = diagnose()
-
-    def text() -> str:
-        rows = []
-        for package, (extra, purpose) in PACKAGES.items():
-            missing = f"pip install 'anyquant[{extra}]'" if extra else "missing"
-            if package in CONFLICT and any(data["packages"][other] for other in CONFLICT):
-                missing = f"not beside {CONFLICT[1 - CONFLICT.index(package)]}"
-            rows.append((package, data["packages"][package] or "-", purpose if data["packages"][package] else missing))
-        lines = [f"{a:<18} {b:<12} {c}" for a, b, c in rows]
-        head = (
-            f"anyquant {data['anyquant']}, Python {data['python']}, {data['cores']} cores, {mebibytes(data['memory'])}"
-        )
-        problems = [f"problem: {p}" for p in data["problems"]] or ["no problems found"]
-        return "\n".join([head, f"compiled library: {data['native_library']}, GPU: {data['cuda']}", *lines, *problems])
-
-    out.result(data, text)
+    out.result(data, lambda: diagnosis_text(data))
 
 
 def main() -> None:

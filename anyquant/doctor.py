@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from anyquant import __version__
+from anyquant.console import mebibytes
 from anyquant.plugins import EXPORTERS, METHODS, plugins
 
 # package -> (extra that brings it, what it is for)
@@ -87,3 +88,19 @@ def _cuda() -> str:
     if find_spec("cuda") is None:
         return "an NVIDIA driver, but the extra is missing: pip install 'anyquant[cuda]'"
     return "an NVIDIA driver and cuda-core"
+
+
+def diagnosis_text(data: dict[str, Any]) -> str:
+    """The findings for people."""
+    lines = []
+    for package, (extra, purpose) in PACKAGES.items():
+        version = data["packages"][package]
+        if not version:
+            purpose = f"pip install 'anyquant[{extra}]'" if extra else "missing"
+            if package in CONFLICT and any(data["packages"][other] for other in CONFLICT):
+                purpose = f"not beside {CONFLICT[1 - CONFLICT.index(package)]}"
+        lines.append(f"{package:<18} {version or '-':<14} {purpose}")
+    head = f"anyquant {data['anyquant']}, Python {data['python']}, {data['cores']} cores, {mebibytes(data['memory'])}"
+    library = "in use" if data["native_library"] else "not in use"
+    problems = [f"problem: {problem}" for problem in data["problems"]] or ["no problems found"]
+    return "\n".join([head, f"compiled library: {library}, GPU: {data['cuda']}", *lines, *problems])

@@ -8,7 +8,7 @@ from typing import Any
 from anyquant import ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import AnyquantError
-from anyquant.pipeline import Job, Target, chosen_matrices, feasible_bits, plan
+from anyquant.planning import Job, Target, chosen_matrices, feasible_bits, plan
 from anyquant.plugins import EXPORTERS, METHODS, plugins
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from anyquant.console import mebibytes, table
 from anyquant.exporters.protocol import ExportPlan
 from anyquant.inspection import check_export, form_name
-from anyquant.pipeline import Plan
+from anyquant.planning import Plan
 from anyquant.plugins import EXPORTERS, plugins
 
 
@@ -105,3 +105,19 @@ def export_text(data: dict[str, Any]) -> str:
     types = ", ".join(f"{count} x {kind}" for kind, count in data["types"].items())
     lines = [f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])})", f"tensors: {types}"]
     return "\n".join([*lines, *data["notes"]])
+
+
+def inspection_text(data: dict[str, Any]) -> str:
+    """What is in a model, a line each."""
+    return "\n".join(f"{key.replace('_', ' '):<18} {_words(value)}" for key, value in data.items())
+
+
+def _words(value: Any, nested: bool = False) -> str:
+    if isinstance(value, dict):
+        text = ", ".join(f"{k}: {_words(v, nested=True)}" for k, v in value.items()) or "none"
+        return f"({text})" if nested else text
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else str(value)

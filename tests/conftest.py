@@ -222,7 +222,8 @@ def repository() -> Path:
 def real_ir(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 quantized to BFP4 with blocks of 32: the IR folder of ``anyquant quantize --bits 4.25``."""
     from anyquant.checkpoint import open_checkpoint
-    from anyquant.pipeline import Job, Target, plan, run
+    from anyquant.pipeline import run
+    from anyquant.planning import Job, Target, plan
 
     folder = tmp_path_factory.mktemp("real") / "ir"
     run(plan(open_checkpoint(str(real_gguf)), Job("block", Target(bits=4.25), workers=2)), folder)

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InfeasibleTarget, InputError, NonFiniteError, UsageError
-from anyquant.pipeline import Job, Plan, Target, _in_order, feasible_bits, plan, run
+from anyquant.pipeline import run
+from anyquant.planning import Job, Plan, Target, feasible_bits, plan
+from anyquant.workers import in_order
 
 
 def planned(folder: Path, **target: object) -> Plan:
@@ -142,7 +144,7 @@ def test_no_more_matrices_are_in_memory_than_workers() -> None:
         return number
 
     results = []
-    for number in _in_order(unit, [(i,) for i in range(40)], 3):
+    for number in in_order(unit, [(i,) for i in range(40)], 3):
         results.append(number)
         time.sleep(0.002)  # a slow disk: the results must wait, not pile up
         running -= 1
@@ -153,7 +155,7 @@ def test_no_more_matrices_are_in_memory_than_workers() -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_error_in_a_worker_comes_out(workers: int) -> None:
     with pytest.raises(ZeroDivisionError):
-        list(_in_order(lambda n: 1 // (n - 5), [(i,) for i in range(20)], workers))
+        list(in_order(lambda n: 1 // (n - 5), [(i,) for i in range(20)], workers))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
-from anyquant.pipeline import Job, Target, plan, run
+from anyquant.pipeline import run
+from anyquant.planning import Job, Target, plan
 
 SENTENCE = "The quick brown fox jumps over the lazy dog; number {0} said: what is the time? [x{0}] {1}\n"
 
