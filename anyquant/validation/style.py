@@ -31,7 +31,7 @@ th.number{white-space:normal}
 .mark{display:inline-block;padding:1px 9px;border-radius:999px;font-size:12px;font-weight:600}
 .mark.good{background:#d1fae5;color:var(--good)}.mark.bad{background:#fee2e2;color:var(--bad)}
 .plots{display:flex;flex-wrap:wrap;gap:18px}
-figure{flex:1 1 340px;margin:0}figcaption{font-weight:600;margin-bottom:4px}
+figure{flex:1 1 340px;max-width:560px;margin:0}figcaption{font-weight:600;margin-bottom:4px}
 figure svg{width:100%;height:auto}
 .text{margin-bottom:12px}.text h3{margin:0 0 4px;font-size:14px}.text span{font-weight:400;color:var(--soft)}
 pre{margin:0;padding:10px 14px;background:#f8fafc;border:1px solid var(--line);border-radius:8px;
