@@ -8,7 +8,7 @@ from typing import Any
 from anyquant import ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import AnyquantError
-from anyquant.planning import Job, Target, chosen_matrices, feasible_bits, plan
+from anyquant.planning import Job, Target, chosen_matrices, export_plan, feasible_bits, plan
 from anyquant.plugins import EXPORTERS, METHODS, plugins
 
 
@@ -66,11 +66,8 @@ def _verdicts(model: ir.Model) -> dict[str, str]:
 
 def check_export(model: ir.Model, exporter: str) -> dict[str, Any]:
     """What an exporter would write for a model or a plan: bytes, files, types, notes, refusals; or its error."""
-    from anyquant.exporters.protocol import ExportOptions
-    from anyquant.exporters.registry import get_exporter
-
     try:
-        found = get_exporter(exporter).check(model, ExportOptions())
+        found = export_plan(model, exporter)
     except AnyquantError as error:
         return {"error": str(error)}
     return {

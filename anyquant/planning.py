@@ -225,11 +225,15 @@ def _budget(checkpoint: Checkpoint, job: Job, forms: _Forms) -> tuple[float, Cal
 
     if target.size_of == "ir":
         return target.size, lambda chosen: sum(ir.file_sizes(model_of(chosen)).values())
-    return target.size, lambda chosen: _check_export(model_of(chosen), target.size_of).bytes
+    return target.size, lambda chosen: export_plan(model_of(chosen), target.size_of).bytes
 
 
-def _check_export(model: ir.Model, exporter: str) -> ExportPlan:
-    """What an exporter would write: bytes and types are the one thing that the pipeline asks of it."""
+def export_plan(model: ir.Model, exporter: str) -> ExportPlan:
+    """What an exporter would write with its default options.
+
+    Raises:
+        AnyquantError: there is no such exporter, or it cannot tell; see the exporter.
+    """
     from anyquant.exporters.protocol import ExportOptions
     from anyquant.exporters.registry import get_exporter
 
@@ -246,7 +250,7 @@ def _exportable(checkpoint: Checkpoint, job: Job, forms: _Forms) -> _Forms:
     reasons: dict[str, str] = {}
     for chosen in forms.uniform():
         picked = forms.pick(chosen)
-        export = _check_export(_describe(checkpoint, job, forms.settings, picked), job.target.size_of)
+        export = export_plan(_describe(checkpoint, job, forms.settings, picked), job.target.size_of)
         refused = {refusal.tensor: refusal for refusal in export.refusals}
         reasons |= {name: f"{refusal.reason}; {refusal.remedy}" for name, refusal in refused.items()}
         for name, choices in zip(forms.names, kept, strict=True):
