@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from anyquant import ir
-from anyquant.checkpoint.gguf_names import gguf_to_hf_name, inverse_permutation, is_conv1d, row_permutation
+from anyquant.checkpoint.gguf_names import is_conv1d
 from anyquant.exporters.gguf import container
 from anyquant.gguf_container import parse
 from anyquant.ir.packing import pack
@@ -161,34 +161,59 @@ def with_smol_tokenizer(real_gguf: Path, tmp_path_factory: pytest.TempPathFactor
     return copy
 
 
-@pytest.fixture(scope="session")
-def real_ir(real_gguf: Path, save_ir: Callable[..., ir.Model], tmp_path_factory: pytest.TempPathFactory) -> ir.Model:
-    """SmolLM2 with all linear layers in BFP4 of 32, embedding and norms as they are in its GGUF file."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
+def _dense(values: np.ndarray, dtype: str = "F32") -> ir.Tensor:
+    return ir.Tensor(ir.DenseSpec(values.shape, dtype), {".dense": values})
 
-    header = parse(real_gguf.read_bytes(), real_gguf.name)
-    config = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
-    tensors = {}
-    for found in GGUFReader(real_gguf).tensors:
-        name = gguf_to_hf_name("llama", found.name)
-        assert name is not None
-        if found.tensor_type.name == "F32":
-            stored = np.array(found.data)
-            tensors[name] = ir.Tensor(ir.DenseSpec(stored.shape, "F32"), {".dense": stored})
-        elif found.tensor_type.name == "Q8_0":
-            shape = tuple(int(n) for n in reversed(found.shape))
-            assert len(shape) == 2
-            tensors[name] = ir.Tensor(ir.GGMLSpec(shape, "Q8_0"), {".blocks": np.array(found.data)})
-        else:
-            values = dequantize(found.data, found.tensor_type)
-            order = row_permutation("llama", name, config)
-            tensors[name] = _quantized(values if order is None else values[inverse_permutation(order)])
-    return save_ir(
-        tmp_path_factory.mktemp("real") / "ir",
-        tensors,
-        config,
-        aliases={"lm_head.weight": "model.embed_tokens.weight"},
-        kind="gguf",
-        files={"source.gguf": container.header_bytes(header.values, [])},
-    )
+
+@pytest.fixture
+def tensors(quantized: Callable[..., ir.Tensor]) -> dict[str, ir.Tensor]:
+    """Tensors of a tiny llama in BFP of 4, 5 and 8 bits, F16, BF16 and F32."""
+    layer = "model.layers.0"
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "model.embed_tokens.weight": _dense(normal(50, 64).astype(np.float16), "F16"),
+        f"{layer}.input_layernorm.weight": _dense(normal(64).astype(np.float16), "F16"),
+        f"{layer}.self_attn.q_proj.weight": quantized(normal(64, 64)),
+        f"{layer}.self_attn.k_proj.weight": quantized(normal(32, 64), 5),
+        f"{layer}.self_attn.k_proj.bias": _dense(normal(32).view(np.uint32).__rshift__(16).astype(np.uint16), "BF16"),
+        f"{layer}.mlp.up_proj.weight": quantized(normal(96, 64), 8),
+        "model.norm.weight": _dense(normal(64)),
+    }
+
+
+@pytest.fixture
+def source(raw_value: Callable[[object], bytes]) -> dict[str, bytes]:
+    """Key-values of the GGUF file that the model came from."""
+    return {
+        "general.architecture": raw_value("llama"),
+        "general.name": raw_value("Tiny"),
+        "general.file_type": raw_value(3),
+        "llama.attention.head_count": raw_value(4),
+        "llama.attention.head_count_kv": raw_value(2),
+        "llama.embedding_length": raw_value(64),
+        "split.count": raw_value(2),
+        "tokenizer.ggml.tokens": raw_value(["a", "b"]),
+        "tokenizer.ggml.merges": raw_value([]),
+    }
+
+
+@pytest.fixture
+def save_tiny(source: dict[str, bytes], save_ir: Callable[..., ir.Model], tmp_path: Path) -> Callable[..., ir.Model]:
+    """save_tiny(tensors, **options of save_ir) -> the IR folder of a tiny llama that came from a GGUF file."""
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+
+    def save(tensors: dict[str, ir.Tensor], **options: Any) -> ir.Model:
+        files = {"source.gguf": container.header_bytes(source, [])}
+        return save_ir(tmp_path / "ir", tensors, config, **{"kind": "gguf", "files": files, **options})
+
+    return save
+
+
+@pytest.fixture
+def model(tensors: dict[str, ir.Tensor], save_tiny: Callable[..., ir.Model]) -> ir.Model:
+    """The tiny llama, its head tied."""
+    return save_tiny(tensors, aliases={"lm_head.weight": "model.embed_tokens.weight"})
