@@ -15,6 +15,7 @@ from anyquant.ir.spec import (
     DENSE_DTYPES,
     GGML_TYPES,
     AffineSpec,
+    Arrays,
     BlockSpec,
     CodebookSpec,
     DenseSpec,
@@ -22,18 +23,20 @@ from anyquant.ir.spec import (
     Spec,
 )
 from anyquant.ir.tensor import ZERO_BLOCK, Tensor
-from anyquant.ir.writer import Progress, refuse_existing, write_ir
+from anyquant.ir.writer import Loss, Progress, refuse_existing, write_ir
 
 __all__ = [
     "DENSE_DTYPES",
     "GGML_TYPES",
     "ZERO_BLOCK",
     "AffineSpec",
+    "Arrays",
     "BlockSpec",
     "CodebookSpec",
     "DenseSpec",
     "Entry",
     "GGMLSpec",
+    "Loss",
     "Model",
     "Progress",
     "Spec",

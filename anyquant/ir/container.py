@@ -92,6 +92,10 @@ class Model:
         tensor.check(name)
         return tensor
 
+    def array(self, name: str, suffix: str) -> np.ndarray:
+        """Read one array of a tensor, such as the ``.bits`` of a codebook; its values are not checked."""
+        return self._readers[name + suffix].read(name + suffix)
+
     def dequantize(self, name: str) -> np.ndarray:
         """FP32 values of one tensor, in the IR's orientation.
 

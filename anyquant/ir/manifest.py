@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class Entry:
         spec: kind, shape and parameters.
         sha256: digest of the dequantized FP32 values ("" in a plan).
         error: relative squared error against the source, sum (w - q)**2 / sum w**2; None where nothing was lost.
+        output_error: the same of the matrix' outputs, over the inputs of the calibration; None without one.
         quantized: whether a method chose its form (such tensors are what ``--bits`` counts).
         source_transposed: whether the checkpoint stores it [in, out].
     """
@@ -36,6 +37,7 @@ class Entry:
     spec: Spec
     sha256: str = ""
     error: float | None = None
+    output_error: float | None = None
     quantized: bool = False
     source_transposed: bool = False
 
@@ -72,10 +74,12 @@ def _fixed_json(spec: Spec, quantized: bool, source_transposed: bool) -> str:
     return json.dumps(fixed)[:-1]
 
 
-def _line(name: str, entry: Entry, sha256: str, error: float | None) -> str:
+def _line(name: str, entry: Entry, calibrated: bool) -> str:
     fixed = _fixed_json(entry.spec, entry.quantized, entry.source_transposed)
-    lost = _error_json(name, error) if entry.quantized else "null"
-    return f'  {quoted(name)}: {fixed}, "sha256": "{sha256}", "error": {lost}}}'
+    lost = f'"error": {_error_json(name, entry.error) if entry.quantized else "null"}'
+    if calibrated and entry.quantized:
+        lost += f', "output_error": {_error_json(name, entry.output_error)}'
+    return f'  {quoted(name)}: {fixed}, "sha256": "{entry.sha256 or _PLACEHOLDER_DIGEST}", {lost}}}'
 
 
 def manifest_json(model: Model, *, planned: bool = False) -> str:
@@ -97,10 +101,11 @@ def manifest_json(model: Model, *, planned: bool = False) -> str:
         "calibration": model.calibration,
         "aliases": model.aliases,
     }
-    lines = ",\n".join(
-        _line(name, entry, *((_PLACEHOLDER_DIGEST, 0.0) if planned else (entry.sha256, entry.error)))
-        for name, entry in model.entries.items()
-    )
+    calibrated = model.calibration is not None
+    entries = model.entries.items()
+    if planned:
+        entries = {name: replace(entry, sha256="", error=0.0, output_error=0.0) for name, entry in entries}.items()
+    lines = ",\n".join(_line(name, entry, calibrated) for name, entry in entries)
     try:
         text = json.dumps(head, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -130,6 +135,14 @@ def check_name(name: object) -> None:
         raise CorruptFileError(f"{name!a:.80} is no name for a tensor: 1 to {_MAX_NAME} printable characters are")
 
 
+def _parse_error(name: str, value: dict[str, Any], key: str) -> float | None:
+    error = value.get(key)
+    # The upper bound also keeps integers out that no float can hold.
+    if error is not None and not (type(error) in (int, float) and 0 <= error <= 1e100):
+        raise CorruptFileError(f"{MANIFEST}: {name}: {key} is {error!r:.80}, must be null or a number >= 0")
+    return None if error is None else float(error)
+
+
 def _parse_entry(name: str, value: Any) -> Entry:
     check_name(name)
     if not isinstance(value, dict):
@@ -138,14 +151,11 @@ def _parse_entry(name: str, value: Any) -> Entry:
     sha256 = _take(value, "sha256", str, where)
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise CorruptFileError(f"{MANIFEST}: {name}: sha256 is {sha256!r:.80}, must be 64 hexadecimal digits")
-    error = value.get("error")
-    # The upper bound also keeps integers out that no float can hold.
-    if error is not None and not (type(error) in (int, float) and 0 <= error <= 1e100):
-        raise CorruptFileError(f"{MANIFEST}: {name}: error is {error!r:.80}, must be null or a number >= 0")
     return Entry(
         spec_from_json(name, value),
         sha256,
-        None if error is None else float(error),
+        _parse_error(name, value, "error"),
+        _parse_error(name, value, "output_error"),
         _take(value, "quantized", bool, where),
         _take(value, "source_transposed", bool, where),
     )

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,13 @@ from anyquant.ir.tensor import Tensor, as_stored
 
 Progress = Callable[[str, int, int], None]
 """Called with (name, done, all) as work goes on."""
+
+
+class Loss(NamedTuple):
+    """What a quantized tensor lost; see :class:`anyquant.ir.Entry`."""
+
+    error: float
+    output_error: float | None = None
 
 
 def refuse_existing(path: Path) -> None:
@@ -102,7 +110,7 @@ def _publish(temporary: Path, path: Path) -> None:
 def write_ir(
     path: str | Path,
     model: Model,
-    quantize: Callable[[str], tuple[Tensor, float | None]],
+    quantize: Callable[[str], tuple[Tensor, Loss | None]],
     write_side_files: Callable[[Path], None] | None = None,
     *,
     progress: Progress | None = None,
@@ -113,7 +121,7 @@ def write_ir(
     Args:
         path: the folder to make; must not exist, or be empty.
         model: the description; its entries give the order and the specs.
-        quantize: name -> (tensor of the promised spec, its error), called once per name in order.
+        quantize: name -> (tensor of the promised spec, what it lost), called once per name in order.
         write_side_files: writes tokenizer and other files into the folder it is given.
         progress: called after each tensor.
         shard_bytes: most bytes of tensors in one safetensors file.
@@ -148,7 +156,7 @@ def write_ir(
 def _write_files(
     folder: Path,
     model: Model,
-    quantize: Callable[[str], tuple[Tensor, float | None]],
+    quantize: Callable[[str], tuple[Tensor, Loss | None]],
     progress: Progress | None,
     shard_bytes: int,
 ) -> None:
@@ -158,12 +166,12 @@ def _write_files(
     def arrays(names: list[str]) -> Iterator[np.ndarray]:
         nonlocal count
         for name in names:
-            tensor, error = quantize(name)
+            tensor, loss = quantize(name)
             entry = model.entries[name]
             if tensor.spec != entry.spec:
                 raise AnyquantError(f"{name}: became {tensor.spec}, promised was {entry.spec}")
             tensor.check(name)
-            done[name] = replace(entry, sha256=tensor_digest(tensor), error=error)
+            done[name] = replace(entry, sha256=tensor_digest(tensor), **(loss._asdict() if loss else {}))
             for suffix, (dtype, _) in entry.spec.arrays().items():
                 yield as_stored(tensor.arrays[suffix], dtype)
             count += 1

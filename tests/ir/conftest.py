@@ -157,7 +157,7 @@ def write_zoo(zoo: dict[str, ir.Tensor], plan: ir.Model) -> Callable[..., ir.Mod
 
     def write(path: Path, **arguments: Any) -> ir.Model:
         errors = {name: 10.0 ** (-20 * i) for i, name in enumerate(zoo)}
-        return ir.write_ir(path, plan, lambda name: (zoo[name], errors[name]), **arguments)
+        return ir.write_ir(path, plan, lambda name: (zoo[name], ir.Loss(errors[name])), **arguments)
 
     return write
 

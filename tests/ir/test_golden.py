@@ -106,7 +106,7 @@ def golden_model() -> tuple[ir.Model, dict[str, ir.Tensor]]:
 def test_writer_gives_the_golden_folder(tmp_path: Path) -> None:
     model, tensors = golden_model()
     errors = {name: 3.0 / (i + 7) ** 5 for i, name in enumerate(tensors)}
-    ir.write_ir(tmp_path / "ir", model, lambda name: (tensors[name], errors[name]))
+    ir.write_ir(tmp_path / "ir", model, lambda name: (tensors[name], ir.Loss(errors[name])))
     written = {path.name: path.read_bytes() for path in (tmp_path / "ir").iterdir()}
     expected = folder_files()
     assert set(written) == set(expected)

@@ -21,7 +21,8 @@ DELETE = object()
 
 
 def finished(plan: ir.Model, error: float | None = 0.25) -> ir.Model:
-    return replace(plan, entries={n: replace(e, sha256=SHA, error=error) for n, e in plan.entries.items()})
+    entries = {n: replace(e, sha256=SHA, error=error, output_error=error) for n, e in plan.entries.items()}
+    return replace(plan, entries=entries)
 
 
 def edited(plan: ir.Model, path: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def test_round_trip(plan: ir.Model) -> None:
     assert list(found.entries) == list(plan.entries)
     for name, entry in found.entries.items():
         planned = plan.entries[name]
-        assert entry == replace(planned, sha256=SHA, error=0.25 if planned.quantized else None)
+        lost = 0.25 if planned.quantized else None
+        assert entry == replace(planned, sha256=SHA, error=lost, output_error=lost)
     for field in ("anyquant_version", "method", "settings", "source", "calibration", "aliases"):
         assert getattr(found, field) == getattr(plan, field)
 
@@ -110,6 +112,7 @@ WRONG: list[tuple[tuple[str, ...], Any]] = [
     *(((*ENTRY, "shape"), v) for v in [None, True, 3, "x", {}, [3], [3, "x"], DELETE]),
     *(((*ENTRY, "bits"), v) for v in [None, True, 4.0, "4", [], DELETE]),
     *(((*ENTRY, "sha256"), v) for v in [*STRINGS, DELETE, "", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n"]),
+    *(((*ENTRY, "output_error"), v) for v in [True, "1", -1, 1e101]),
     *(((*ENTRY, "error"), v) for v in [True, "1", [], {}, -1, -1e-9, 1e101, 10**400, float("nan"), float("inf")]),
     *(((*ENTRY, "quantized"), v) for v in [None, 1, "true", [], DELETE]),
     *(((*ENTRY, "source_transposed"), v) for v in [None, 0, "false", [], DELETE]),

@@ -115,7 +115,12 @@ def test_same_bytes_twice(write_zoo: Writer, tmp_path: Path) -> None:
 def test_copy_of_an_opened_model(write_zoo: Writer, tmp_path: Path) -> None:
     """An opened model is a plan as well: refinement reads one folder and writes another."""
     first = write_zoo(tmp_path / "a")
-    ir.write_ir(tmp_path / "b", first, lambda name: (first.tensor(name), first.entries[name].error))
+
+    def copy(name: str) -> tuple[ir.Tensor, ir.Loss | None]:
+        entry = first.entries[name]
+        return first.tensor(name), None if entry.error is None else ir.Loss(entry.error, entry.output_error)
+
+    ir.write_ir(tmp_path / "b", first, copy)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 

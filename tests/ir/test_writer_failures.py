@@ -84,7 +84,7 @@ def test_tensor_out_of_range(zoo: dict[str, ir.Tensor], plan: ir.Model, tmp_path
 @pytest.mark.parametrize("error", [-0.5, float("nan"), float("inf")])
 def test_error_that_is_none(error: float, zoo: dict[str, ir.Tensor], plan: ir.Model, tmp_path: Path) -> None:
     with pytest.raises(AnyquantError, match="affine: error"):
-        ir.write_ir(tmp_path / "x", plan, failing(zoo, "affine", lambda: (zoo["affine"], error)))
+        ir.write_ir(tmp_path / "x", plan, failing(zoo, "affine", lambda: (zoo["affine"], ir.Loss(error))))
     assert tree(tmp_path) == {}
 
 

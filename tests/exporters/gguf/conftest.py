@@ -101,7 +101,7 @@ def save_ir() -> Callable[..., ir.Model]:
             for name, content in (files or {}).items():
                 (target / name).write_bytes(content)
 
-        return ir.write_ir(folder, plan, lambda name: (tensors[name], 0.0), side_files)
+        return ir.write_ir(folder, plan, lambda name: (tensors[name], ir.Loss(0.0)), side_files)
 
     return save
 
