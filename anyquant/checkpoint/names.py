@@ -51,6 +51,12 @@ def order_key(name: str) -> Key:
     return (last, (), 0, _modules(name))
 
 
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """Split a name into what comes before the number of its layer, the number, and what follows; None outside."""
+    match = _LAYER.fullmatch(name)
+    return (match["stack"], int(match["index"]), match["rest"]) if match else None
+
+
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     """Say whether old checkpoints store this although it is a constant (causal masks, rotary tables)."""
     return _BUFFER.search(name) is not None and not (name.endswith(".bias") and len(shape) < 3)

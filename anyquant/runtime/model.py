@@ -112,7 +112,7 @@ def model_from_state(
     """
     import torch
 
-    settings, architecture = _architecture(config, where, code_folder)
+    settings, architecture = causal_lm_class(config, where, code_folder)
     dtype = dtype or torch.float32
     state = {name: torch.from_numpy(values).to(dtype) for name, values in tensors}
     for alias, name in aliases.items():
@@ -125,7 +125,7 @@ def model_from_state(
     return result
 
 
-def _architecture(config: dict[str, Any], where: str, code_folder: Path | None) -> tuple[Any, Any]:
+def causal_lm_class(config: dict[str, Any], where: str, code_folder: Path | None) -> tuple[Any, Any]:
     """The configuration, and the class of causal language models that goes with it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 

@@ -1,0 +1,69 @@
+"""Squared output gradients, alone or times squared inputs: the diagonal of the Fisher information, token by token.
+
+With ``importance="gradient"`` only E[g_i^2] is kept, a number for each row: taken together with E[x_j^2] it stands for
+the diagonal as if gradients and inputs were independent (the diagonal of K-FAC's factors, arXiv 1503.05671). A number
+for each row can be told from a few thousand tokens, one for each weight cannot.
+
+SKIM (arXiv 2412.04180) weights the element (i, j) of a matrix with S-diag, the mean over tokens of g_i^2 x_j^2, where
+g is the gradient of the loss with respect to the matrix' output. SqueezeLLM (arXiv 2306.07629) squares the gradient of
+the weight over a whole sequence instead, (sum over its tokens of g_i x_j)^2. The first is taken here: it follows from
+expanding the loss in the error of each token's output with errors of different tokens taken as uncorrelated, it
+is a sum of products (one matrix product, never an outer product per sequence), it does not depend on how a text is
+cut into windows, and of few sequences it is much the less noisy estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anyquant.calibration.capture import Reading
+
+
+class GradientSums:
+    """Accumulates S-diag of the matrices of one section: FP32 products, added up in the order of the calls."""
+
+    def __init__(self, wanted: set[str], row_tokens: int | None = None) -> None:
+        """Record these matrices and pass over all others.
+
+        Args:
+            wanted: names of the matrices.
+            row_tokens: record E[g_i^2] instead of E[g_i^2 x_j^2], the mean over so many tokens: all that there are, so
+                that an expert counts by how often it is asked.
+        """
+        self._wanted, self._row_tokens = wanted, row_tokens
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def product(self, x: torch.Tensor, readings: list[Reading], output: torch.Tensor) -> None:
+        """Take note of a product, and add to the sums when the gradient of its output is known."""
+        readings = [reading for reading in readings if reading.name in self._wanted]
+        if readings and x.numel() and output.requires_grad:
+            output.register_hook(self._hook(x.detach(), readings))  # type: ignore[no-untyped-call]
+
+    def _hook(self, x: torch.Tensor, readings: list[Reading]) -> Callable[[torch.Tensor], None]:
+        def add(gradient: torch.Tensor) -> None:
+            flat = gradient.detach().reshape(-1, gradient.shape[-1])
+            squares = None if self._row_tokens else x.reshape(-1, x.shape[-1]).square()
+            for reading in readings:
+                self._add(reading.name, flat[:, reading.outputs].square(), squares)
+
+        return add
+
+    def _add(self, name: str, g: torch.Tensor, x: torch.Tensor | None) -> None:
+        """Add squared gradients [tokens, out], alone or times squared inputs [tokens, in]."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(g.shape[1] if x is None else (g.shape[1], x.shape[1]))
+            self._tokens[name] = self._row_tokens or 0
+        if x is None:
+            self._sums[name] += g.sum(dim=0)
+        else:
+            self._sums[name].addmm_(g.T, x)
+            self._tokens[name] += len(x)
+
+    def result(self) -> dict[str, NDArray[np.float32]]:
+        """Means over the tokens, float32 [out, in] (or [out]) of each matrix that saw any."""
+        return {name: (total / self._tokens[name]).numpy() for name, total in self._sums.items()}

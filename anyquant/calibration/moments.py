@@ -1,0 +1,113 @@
+"""Second moments of the inputs of matrices, summed over tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from anyquant.calibration.capture import Reading
+from anyquant.calibration.store import Moment
+from anyquant.errors import AnyquantError
+
+_ROWS = 256
+"""Rows of a moment that are computed in one product: only what is right of the diagonal is needed."""
+
+
+@dataclass
+class _Sum:
+    """Over the tokens of one input: how many, sums of x x^T (upper triangle) and of x^2."""
+
+    tokens: int
+    full: torch.Tensor  # FP32 [in, in]
+    diagonal: torch.Tensor  # FP64 [in]
+
+    def add(self, x: torch.Tensor) -> None:
+        self.tokens += len(x)
+        self.diagonal += x.square().sum(dim=0, dtype=torch.float64)
+        for row in range(0, x.shape[1], _ROWS):
+            self.full[row : row + _ROWS, row:].addmm_(x[:, row : row + _ROWS].T, x[:, row:])
+
+
+class MomentSums:
+    """Accumulates the moments of one section of the model.
+
+    Matrices that read the very same tensors share one moment. Which these are is known only once all have been
+    called, so inputs wait in memory for :meth:`flush`. Products are FP32, at most a few thousand tokens in each, added
+    up in the order of the calls; the diagonal is summed in FP64.
+    """
+
+    def __init__(self, wanted: set[str]) -> None:
+        """Record these matrices and pass over all others."""
+        self._wanted = wanted
+        self._waiting: list[tuple[torch.Tensor, int, list[str]]] = []
+        self._sums: dict[tuple[str, ...], _Sum] = {}
+
+    def product(self, x: torch.Tensor, readings: list[Reading], output: torch.Tensor) -> None:
+        """Take note of a product; see :data:`anyquant.calibration.capture.Product`."""
+        names = [reading.name for reading in readings if reading.name in self._wanted]
+        if not names or not x.numel():
+            return
+        x = x.detach()
+        for other, version, readers in self._waiting:
+            if _same(x, other) and x._version == version:
+                readers += names
+                return
+        self._waiting.append((x, x._version, names))
+
+    def flush(self) -> None:
+        """Add what waits to the sums.
+
+        Raises:
+            AnyquantError: the model's code has written over an input since.
+        """
+        for x, version, names in self._waiting:
+            if x._version != version:
+                raise AnyquantError(f"{names[0]}: the model's code overwrote its input before it could be recorded")
+            key = tuple(dict.fromkeys(names))
+            columns = x.shape[-1]
+            if key not in self._sums:
+                self._sums[key] = _Sum(0, torch.zeros(columns, columns), torch.zeros(columns, dtype=torch.float64))
+            self._sums[key].add(x.reshape(-1, columns))
+        self._waiting.clear()
+
+    def result(self) -> list[Moment]:
+        """Means over the tokens, of each distinct input. The sums are used up."""
+        inputs: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        for key in self._sums:
+            for name in key:
+                inputs[name].append(key)
+        # A matrix that reads now with these others and now with those has several sums.
+        sharing: dict[tuple[tuple[str, ...], ...], list[str]] = defaultdict(list)
+        for name, keys in inputs.items():
+            sharing[tuple(keys)].append(name)
+        return [_mean(names, [self._sums[key] for key in keys]) for keys, names in sharing.items()]
+
+
+def _same(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same memory, maybe in another shape: [windows, n, in] or [windows * n, in]."""
+    if x.data_ptr() != other.data_ptr() or x.numel() != other.numel() or x.shape[-1] != other.shape[-1]:
+        return False
+    return x.stride() == other.stride() or (x.is_contiguous() and other.is_contiguous())
+
+
+def _mean(names: list[str], sums: list[_Sum]) -> Moment:
+    tokens = sum(each.tokens for each in sums)
+    full = sums[0].full if len(sums) == 1 else torch.stack([each.full for each in sums]).sum(dim=0)
+    diagonal = torch.stack([each.diagonal for each in sums]).sum(dim=0) / tokens
+    full = full / tokens
+    full.diagonal().copy_(diagonal)  # of which more digits are right
+    square, n = full.numpy(), len(diagonal)
+    triangle = np.concatenate([square[row, row:] for row in range(n)])
+    return Moment(tuple(names), tokens, diagonal.numpy().astype(np.float32), triangle)
+
+
+def one_hot(name: str, tokens: int, columns: int) -> Moment:
+    """The moment of an embedding that is no output head: each row counts alike, and within it each column.
+
+    The true input of an embedding is one-hot over its rows, so that no column matters more than another.
+    """
+    identity = np.concatenate([np.eye(1, columns - row, dtype=np.float32)[0] for row in range(columns)])
+    return Moment((name,), tokens, np.ones(columns, np.float32), identity)

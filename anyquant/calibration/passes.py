@@ -1,0 +1,190 @@
+"""The pass forwards: moments of all matrices, the weights of one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from anyquant.calibration.batches import BatchedCall, first
+from anyquant.calibration.blocks import Parts, StreamedModel
+from anyquant.calibration.capture import Capture, Product, Reading
+from anyquant.calibration.folder import CalibrationFolder
+from anyquant.calibration.moments import MomentSums, one_hot
+from anyquant.errors import InputError
+from anyquant.ir import Progress
+
+BlockPass = Callable[[int, BatchedCall, torch.Tensor], Any]
+"""(number of the block, its call, hidden states of all windows) -> what the block returns."""
+
+
+class ForwardPass:
+    """Records the moments of some matrices of a model on some tokens.
+
+    All windows go through a block before the next one is loaded, so the hidden states of all tokens are in memory
+    (twice), with one block, its moments, and what a few thousand tokens leave behind in it.
+    """
+
+    def __init__(
+        self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], folder: CalibrationFolder, progress: Progress
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: without weights, and so it will be left.
+            ids: int64 [windows, window].
+            wanted: names of the matrices to record.
+            folder: gets the moments section by section; what it holds already is not computed again.
+            progress: called after each block.
+        """
+        self.model, self.ids, self.wanted, self.folder, self.progress = model, ids, wanted, folder, progress
+        self._product: Product = _ignore
+        self.capture = Capture(lambda x, readings, output: self._product(x, readings, output))
+
+    def run(self) -> None:
+        """Go through the model and store the moments of every section.
+
+        Raises:
+            InputError: activations are not finite.
+            NonFiniteError: a weight is not.
+            MachineError: the disk is full.
+        """
+        if self.complete(self.folder.has_moments):
+            return
+        outside = self.model.outside
+        sums = MomentSums(self.wanted_in(outside))
+        parts = self.model.load(outside, head=False)
+        with torch.no_grad():
+            output = self.through_blocks(parts, sums.product, self.block)
+            self.finish_outside(sums, output)
+        self.model.free(outside)
+
+    def complete(self, has: Callable[[int], bool]) -> bool:
+        """Whether every section that something is wanted of is stored."""
+        return all(has(section) for section in range(self.model.outside + 1) if self.wanted_in(section))
+
+    def wanted_in(self, section: int) -> set[str]:
+        """The names to be recorded that lie in a section."""
+        return self.wanted.intersection(self.model.names(section))
+
+    @contextmanager
+    def recording(self, parts: Parts, product: Product) -> Iterator[None]:
+        """While this lasts, ``product`` hears of what reads these weights, and nothing else does."""
+        before, self._product = self._product, product
+        self.capture.watch(parts)
+        try:
+            yield
+        finally:
+            self.capture.forget(parts)
+            self._product = before
+
+    def through_blocks(self, parts: Parts, product: Product, block: BlockPass) -> Any:
+        """Run the model without its head; return its output.
+
+        Args:
+            parts: the loaded weights outside of the blocks.
+            product: hears of what reads them.
+            block: takes all windows through a block.
+        """
+
+        def call(number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return block(number, BatchedCall(forward, args, kwargs), BatchedCall.hidden(args, kwargs))
+
+        with self.model.calls(call), self.recording(parts, product), self.capture:
+            return self.model.base(input_ids=self.ids, use_cache=False)
+
+    def block(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
+        """Take all windows through a block, and store the moments of its inputs.
+
+        Raises:
+            InputError: what comes out is not finite.
+        """
+        done = self.folder.has_moments(number)
+        sums = MomentSums(set() if done else self.wanted_in(number))
+        parts = self.model.load(number)
+        states, result = torch.empty_like(hidden), None
+        with self.recording(parts, sums.product):
+            for windows in call.batches():
+                result = call(hidden[windows], windows)
+                states[windows] = first(result)
+                sums.flush()
+        self.model.free(number)
+        self.require_finite(states, f"the output of block {number}")
+        if not done and self.wanted_in(number):
+            self.folder.save_moments(number, sums.result())
+        self.progress("moments", number + 1, len(self.model.blocks))
+        return (states, *result[1:]) if isinstance(result, tuple) else states
+
+    def require_finite(self, states: torch.Tensor, what: str) -> None:
+        """Refuse NaN and infinity.
+
+        Raises:
+            InputError: says where the first one is, and how many there are.
+        """
+        bad = ~states.isfinite()
+        if bad.any():
+            window, position = bad.any(dim=-1).nonzero()[0].tolist()
+            raise InputError(
+                f"{self.model.name}: {what} holds {int(bad.sum()):,} values of {bad.numel():,} that are NaN or "
+                f"infinite, the first in window {window} at token {position}. The weights are finite, so their "
+                "products overflow FP32: the checkpoint is damaged, or its config.json belongs to another model."
+            )
+
+    def finish_outside(self, sums: MomentSums, output: Any) -> None:
+        """Store the moments of what lies in no block, the output head among them.
+
+        Args:
+            sums: of what the model has called so far.
+            output: of the model without its head.
+        """
+        model = self.model
+        names = self.wanted_in(model.outside)
+        if not names or self.folder.has_moments(model.outside):
+            return
+        sums.flush()
+        if model.head in names:
+            head = str(model.head)
+
+            def see(hidden: torch.Tensor) -> torch.Tensor:
+                sums.product(hidden, [Reading(head, slice(None))], hidden)
+                return hidden[..., :1]  # logits are not needed
+
+            with torch.no_grad(), _replaced(model.model.get_output_embeddings(), see):
+                self.logits(output, output.last_hidden_state)
+            sums.flush()
+        moments = sums.result()
+        if model.embedding in names and model.embedding != model.head:
+            moments.append(one_hot(str(model.embedding), self.ids.numel(), output.last_hidden_state.shape[-1]))
+        self.folder.save_moments(model.outside, moments)
+
+    def logits(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of last hidden states: its head, with whatever scaling or capping its family does.
+
+        Args:
+            output: of the model without its head.
+            hidden: takes the place of the last hidden states in it, [windows, n, hidden].
+        """
+
+        def base(*args: Any, **kwargs: Any) -> Any:
+            return type(output)(**{**output, "last_hidden_state": hidden})
+
+        with _replaced(self.model.base, base):
+            logits: torch.Tensor = self.model.model(input_ids=self.ids[:1], use_cache=False).logits
+        return logits
+
+
+def _ignore(x: torch.Tensor, readings: list[Reading], output: torch.Tensor) -> None:
+    """Nobody listens."""
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While this lasts, a module's forward is another."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the instance's; the class has the module's own

@@ -1,0 +1,227 @@
+"""The folder of a calibration: tokens, moments, gradients, and what they were made from.
+
+    about.json                  identity, versions, threads; once complete also notes, fingerprint and index
+    tokens.safetensors          ids: uint32 [windows, window]
+    moments-0000.safetensors    of each block, for each distinct input k: "k.diagonal" F32 [in] and "k.moment",
+                                the upper triangle of the mean of x x^T row by row, F32 [in * (in + 1) / 2]
+    gradients-0000.safetensors  of each block, under the names of its matrices: F32 [out, in] (fisher) or [out]
+
+The number after the last block's is that of everything outside of the blocks (output head, embeddings). Every file
+appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyquant.errors import CorruptFileError, InputError
+from anyquant.ir import read_json
+from anyquant.ir.safetensors_io import SafetensorsReader
+
+FORMAT = 1
+ABOUT = "about.json"
+TOKENS = "tokens.safetensors"
+
+_FIELDS: dict[str, type] = {"complete": bool, "identity": dict, "versions": dict, "threads": int}
+_RESULTS: dict[str, type] = {"tokens": int, "notes": list, "fingerprint": str, "inputs": list, "gradients": dict}
+
+Floats = NDArray[np.float32]
+
+
+def moments_file(section: int) -> str:
+    """Name of the file with the second moments of a block."""
+    return f"moments-{section:04}.safetensors"
+
+
+def gradients_file(section: int) -> str:
+    """Name of the file with the gradients of a block."""
+    return f"gradients-{section:04}.safetensors"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was summed over one input.
+
+    Attributes:
+        names: the matrices that read it.
+        tokens: seen.
+        diagonal: float32 [in], mean of x_j^2.
+        triangle: float32 [in * (in + 1) / 2], the upper triangle of the mean of x x^T, row by row.
+    """
+
+    names: tuple[str, ...]
+    tokens: int
+    diagonal: Floats
+    triangle: Floats
+
+
+@dataclass(frozen=True)
+class MatrixStatistics:
+    """What is known of the input of one matrix, and of its gradient.
+
+    Attributes:
+        tokens: that it saw; of an expert, those routed to it.
+        diagonal: float32 [in], mean over these tokens of x_j^2.
+    """
+
+    tokens: int
+    diagonal: Floats
+    _moment: tuple[Path, str] = field(repr=False)
+    _gradient: tuple[Path, str] | None = field(default=None, repr=False)
+
+    def full(self) -> Floats:
+        """Mean over the tokens of x x^T, float32 [in, in], symmetric; read at every call.
+
+        Raises:
+            CorruptFileError: the file was damaged.
+            InputError: the file is gone.
+        """
+        triangle = read_array(*self._moment)
+        n = len(self.diagonal)
+        if triangle.shape != (n * (n + 1) // 2,):
+            raise CorruptFileError(f"{self._moment[0]}: {self._moment[1]} has not the size of {n} columns")
+        result = np.empty((n, n), np.float32)
+        at = 0
+        for i in range(n):
+            row = triangle[at : at + n - i]
+            result[i, i:] = row
+            result[i:, i] = row
+            at += n - i
+        return result
+
+    def fisher(self) -> Floats | None:
+        """Mean over the tokens of g_i^2 x_j^2, float32 [out, in]; None where no gradients were recorded.
+
+        Raises:
+            CorruptFileError: the file was damaged.
+            InputError: the file is gone.
+        """
+        found = self._recorded()
+        return found if found is not None and found.ndim == 2 else None
+
+    def gradient(self) -> Floats | None:
+        """Mean over all tokens of g_i^2, float32 [out]; None where it was not recorded.
+
+        Raises:
+            CorruptFileError: the file was damaged.
+            InputError: the file is gone.
+        """
+        found = self._recorded()
+        return found if found is not None and found.ndim == 1 else None
+
+    def _recorded(self) -> Floats | None:
+        return None if self._gradient is None else read_array(*self._gradient)
+
+
+def read_array(path: Path, key: str) -> np.ndarray:
+    """An array of a file.
+
+    Raises:
+        CorruptFileError: it is not there, or the file was damaged.
+        InputError: the file is gone.
+    """
+    reader = SafetensorsReader(path)
+    if key not in reader.entries:
+        raise CorruptFileError(f"{path}: holds no {key}; calibrate again into an empty folder")
+    return reader.read(key)
+
+
+class Statistics:
+    """A complete calibration.
+
+    Attributes:
+        identity: JSON of what determines the result: settings, model, matrices.
+        fingerprint: SHA-256 (hex) over the tokens and all that was recorded.
+        threads: of torch, with which it was computed.
+        tokens: in all windows.
+        notes: what a user should know: fewer windows than wanted, dead columns, experts without tokens.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        """Take the content of about.json; :func:`open_statistics` checks it."""
+        self._folder = folder
+        self.identity: dict[str, Any] = about["identity"]
+        self.fingerprint: str = about["fingerprint"]
+        self.threads: int = about["threads"]
+        self.tokens: int = about["tokens"]
+        self.notes: list[str] = about["notes"]
+        self._inputs = {name: entry for entry in about["inputs"] for name in entry["names"]}
+        self._gradients: dict[str, str] = about["gradients"]
+
+    def matrix(self, name: str) -> MatrixStatistics | None:
+        """What is known of a matrix; None if nothing is (an expert that saw no token, a matrix that was not asked for).
+
+        Raises:
+            CorruptFileError: a file was damaged.
+            InputError: a file is gone.
+        """
+        entry = self._inputs.get(name)
+        if entry is None:
+            return None
+        path, key = self._folder / entry["file"], entry["key"]
+        gradient = self._gradients.get(name)
+        return MatrixStatistics(
+            entry["tokens"],
+            read_array(path, f"{key}.diagonal"),
+            (path, f"{key}.moment"),
+            None if gradient is None else (self._folder / gradient, name),
+        )
+
+
+def open_statistics(folder: Path) -> Statistics:
+    """Open a complete calibration.
+
+    Raises:
+        InputError: there is none, it was interrupted, or another version wrote it.
+        CorruptFileError: about.json was damaged.
+    """
+    about = read_about(folder)
+    if not about["complete"]:
+        raise InputError(f"the calibration in {folder} was interrupted; run the same command again to go on with it")
+    return Statistics(folder, about)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of about.json.
+
+    Raises:
+        InputError: there is none, or another version wrote it.
+        CorruptFileError: it was damaged.
+    """
+    about = read_json(folder / ABOUT)
+    if about.get("format") != FORMAT:
+        raise InputError(
+            f"the calibration in {folder} has the format {about.get('format')!r}; this version reads {FORMAT}. Remove "
+            "the folder, or name another work folder."
+        )
+    fields = _FIELDS | _RESULTS if about.get("complete") else _FIELDS
+    wrong = [name for name, kind in fields.items() if not isinstance(about.get(name), kind)]
+    if wrong:
+        raise CorruptFileError(
+            f"{ABOUT} in {folder} was edited: it has no proper {wrong[0]!r}. Remove the folder and calibrate again."
+        )
+    return about
+
+
+def read_metadata(path: Path, key: str) -> Any:
+    """JSON in the metadata of a safetensors file.
+
+    Raises:
+        CorruptFileError: there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    untyped: Any = safe_open
+    try:
+        with untyped(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {})[key])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CorruptFileError(
+            f"{path} is damaged ({error}). Remove the folder {path.parent} and calibrate again."
+        ) from error
