@@ -19,8 +19,20 @@ from anyquant.errors import MachineError
 from anyquant.ir import packing
 
 LIBRARY = "libanyquant_core.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 """AQ_ABI_VERSION of the header that this module was written for."""
+
+_SIZE, _INT32, _BITS = ctypes.c_size_t, ctypes.c_int32, ctypes.c_int
+_BUFFER = [ctypes.c_void_p, ctypes.c_size_t]  # and its length
+_FUNCTIONS: dict[str, list[type]] = {
+    # rows and columns are the pair of sizes
+    "aq_pack_bits": [*_BUFFER, _SIZE, _SIZE, _BITS, *_BUFFER],
+    "aq_unpack_bits": [*_BUFFER, _SIZE, _SIZE, _BITS, *_BUFFER],
+    "aq_kmeans_errors": [*_BUFFER, *_BUFFER, _SIZE, _SIZE, *_BUFFER, *_BUFFER, *_BUFFER],
+    "aq_kmeans": [*_BUFFER, *_BUFFER, _SIZE, _SIZE, _INT32, *_BUFFER, *_BUFFER],
+    "aq_assign": [*_BUFFER, _SIZE, _SIZE, *_BUFFER, _INT32, *_BUFFER],
+}
+"""Functions that return a status, with what they take; the header says more."""
 
 _STATUS = {
     -1: "a bad argument",
@@ -54,17 +66,12 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
         version = library.aq_abi_version()
         if version != ABI_VERSION:
             return None, f"{path} has interface version {version}, this anyquant needs {ABI_VERSION}: install it again"
-        for function in (library.aq_pack_bits, library.aq_unpack_bits):
+        library.aq_kmeans_workspace.restype = ctypes.c_size_t
+        library.aq_kmeans_workspace.argtypes = [ctypes.c_size_t]
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(library, name)
             function.restype = ctypes.c_int
-            function.argtypes = [
-                ctypes.c_void_p,  # from
-                ctypes.c_size_t,
-                ctypes.c_size_t,  # rows
-                ctypes.c_size_t,  # columns
-                ctypes.c_int,  # bits
-                ctypes.c_void_p,  # to
-                ctypes.c_size_t,
-            ]
+            function.argtypes = arguments
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be used: {error}"
     return library, ""
@@ -155,10 +162,21 @@ def _shape(array: NDArray[np.uint8], bits: int) -> tuple[int, int]:
 
 
 def _call(name: str, source: NDArray[np.uint8], rows: int, columns: int, bits: int, target: NDArray[np.uint8]) -> None:
-    """Call one of the two functions, both arrays in C order, and turn its status into an exception."""
-    status = getattr(library(), name)(
-        source.ctypes.data, source.size, rows, columns, bits, target.ctypes.data, target.size
-    )
+    """Call one of the two functions for bit streams, both arrays in C order."""
+    about = f"{rows} rows of {columns} codes of {bits} bits"
+    call(name, about, source.ctypes.data, source.size, rows, columns, bits, target.ctypes.data, target.size)
+
+
+def call(name: str, about: str, *arguments: int | None) -> None:
+    """Call a function of the library, pointers as numbers, and turn its status into an exception about ``about``.
+
+    The GIL is released meanwhile.
+
+    Raises:
+        ValueError: the function refuses the arguments.
+        MachineError: the library is not available.
+    """
+    status = getattr(library(), name)(*arguments)
     if status:
         meaning = _STATUS.get(status, f"status {status}")
-        raise ValueError(f"{name} refused {rows} rows of {columns} codes of {bits} bits: {meaning}")
+        raise ValueError(f"{name} refused {about}: {meaning}")

@@ -17,11 +17,11 @@ extern "C" {
 #endif
 
 /* Changes whenever the meaning or the arguments of an existing function change. */
-#define AQ_ABI_VERSION 1
+#define AQ_ABI_VERSION 2
 
 #define AQ_OK 0
-#define AQ_BAD_ARGUMENT (-1) /* a null pointer with a length, or bits outside 0..8 */
-#define AQ_BAD_LENGTH (-2)   /* a buffer's length is not what rows, cols and bits ask for */
+#define AQ_BAD_ARGUMENT (-1) /* a null pointer with a length, or bits or a number of clusters out of range */
+#define AQ_BAD_LENGTH (-2)   /* a buffer's length is not what the other arguments ask for */
 #define AQ_BAD_VALUE (-3)    /* an element to pack does not fit into bits */
 
 AQ_API int aq_abi_version(void);
@@ -40,6 +40,30 @@ AQ_API int aq_pack_bits(const uint8_t* values, size_t values_len, size_t rows, s
 /* Ignores the padding bits. */
 AQ_API int aq_unpack_bits(const uint8_t* codes, size_t codes_len, size_t rows, size_t cols, int bits, uint8_t* values,
                           size_t values_len);
+
+/* Exact weighted k-means in one dimension, each row by itself: the least sum of w * (x - nearest centroid)^2.
+ *
+ * values: rows * cols finite elements, C order, cols 1..2^28.  weights: none (null and 0), cols shared by all rows, or
+ * rows * cols; finite, not negative. An element of weight 0 is not there; a row of zero weights has none at all.
+ * Lengths are in elements, the workspace's in bytes: at least aq_kmeans_workspace(cols), aligned for a double. */
+
+/* 0 where cols is out of range. */
+AQ_API size_t aq_kmeans_workspace(size_t cols);
+
+/* errors: rows * ks_len, the least error with ks[q] centroids; ks ascends within 1..256. */
+AQ_API int aq_kmeans_errors(const float* values, size_t values_len, const float* weights, size_t weights_len,
+                            size_t rows, size_t cols, const int32_t* ks, size_t ks_len, double* errors,
+                            size_t errors_len, void* workspace, size_t workspace_len);
+
+/* centroids: rows * k, ascending; where a row has fewer different values than k, those, the last one repeated. */
+AQ_API int aq_kmeans(const float* values, size_t values_len, const float* weights, size_t weights_len, size_t rows,
+                     size_t cols, int32_t k, double* centroids, size_t centroids_len, void* workspace,
+                     size_t workspace_len);
+
+/* codes: of each value the nearest entry of its row's ascending codebook, k of 1..256 entries; ties and equal entries
+ * go to the lowest code. */
+AQ_API int aq_assign(const float* values, size_t values_len, size_t rows, size_t cols, const float* codebook,
+                     size_t codebook_len, int32_t k, uint8_t* codes, size_t codes_len);
 
 #ifdef __cplusplus
 }

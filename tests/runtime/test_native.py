@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import anyquant
 from anyquant.errors import MachineError
 from anyquant.ir import packing
-from anyquant.runtime import native
+from anyquant.runtime import native, native_kmeans
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -170,9 +170,9 @@ def test_a_damaged_library_is_reported_not_raised(monkeypatch: pytest.MonkeyPatc
 
 @needs_library
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setattr(native, "ABI_VERSION", 2)
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
     assert not native.available()
-    assert "interface version 1" in native.why_not()
+    assert f"interface version {native.ABI_VERSION - 1}" in native.why_not()
 
 
 def test_the_environment_switches_it_off() -> None:
@@ -211,6 +211,60 @@ def test_install_plugs_in_the_compiled_functions(monkeypatch: pytest.MonkeyPatch
     assert calls == ["aq_pack_bits", "aq_unpack_bits"]
 
 
+@needs_library
+def test_the_c_interface_of_clustering_checks_its_arguments() -> None:
+    library, rows, n, k = native.library(), 3, 19, 4
+    values, weights = (ctypes.c_float * (rows * n))(), (ctypes.c_float * (rows * n))()
+    out, codes = (ctypes.c_double * (rows * k))(), (ctypes.c_uint8 * (rows * n))()
+    book, ks = (ctypes.c_float * (rows * k))(), (ctypes.c_int32 * 2)(2, 5)
+    size = library.aq_kmeans_workspace(n)
+    memory = (ctypes.c_double * (size // 8 + 1))()
+
+    def errors(**changes: object) -> int:
+        given = dict(values=values, v=rows * n, weights=weights, w=n, rows=rows, n=n, ks=ks, q=2, out=out, o=rows * 2)
+        return int(library.aq_kmeans_errors(*(given | dict(memory=memory, size=size) | changes).values()))
+
+    def kmeans(**changes: object) -> int:
+        given = dict(values=values, v=rows * n, weights=None, w=0, rows=rows, n=n, k=k, out=out, o=rows * k)
+        return int(library.aq_kmeans(*(given | dict(memory=memory, size=size) | changes).values()))
+
+    def assign(**changes: object) -> int:
+        given = dict(values=values, v=rows * n, rows=rows, n=n, book=book, b=rows * k, k=k, codes=codes, c=rows * n)
+        return int(library.aq_assign(*(given | changes).values()))
+
+    assert errors() == errors(w=rows * n) == errors(weights=None, w=0) == kmeans() == assign() == 0
+    assert errors(v=rows * n - 1) == errors(o=rows * 2 - 1) == errors(w=n + 1) == errors(size=size - 1) == -2
+    assert errors(rows=1 << 62, n=4, v=0, w=4) == errors(rows=1 << 63, q=2, o=0, v=0) == -2
+    assert errors(weights=None) == errors(w=0) == errors(n=0, v=0) == errors(ks=None) == errors(memory=None) == -1
+    assert [errors(ks=(ctypes.c_int32 * 2)(*pair)) for pair in [(0, 1), (2, 2), (5, 2), (2, 257)]] == [-1] * 4
+    assert kmeans(o=rows * k + 1) == kmeans(v=0) == -2
+    assert kmeans(k=0, o=0) == kmeans(k=257, o=rows * 257) == kmeans(out=None) == -1
+    assert assign(v=0) == assign(b=rows * k + 1) == assign(c=0) == -2
+    assert assign(k=0, b=0) == assign(k=257, b=rows * 257) == assign(book=None) == -1
+    assert library.aq_kmeans_workspace(0) == library.aq_kmeans_workspace(1 << 40) == 0
+
+
+@needs_library
+@pytest.mark.slow
+def test_every_vector_unit_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.standard_normal((20, 700)), rng.integers(-99, 99, (20, 700))]).astype(np.float32)
+    weights, ks = rng.lognormal(0, 2, 700).astype(np.float32), np.array([2, 7, 16, 99, 256], np.int32)
+    errors, centroids = native_kmeans.kmeans_errors(values, weights, ks), native_kmeans.kmeans(values, None, 16)
+    (tmp_path / "_lib").mkdir()
+    sources = sorted((REPOSITORY / "kernels" / "core").glob("*.cpp"))
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-DVECTOR_UNITS=0"]
+    subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "_lib" / native.LIBRARY], check=True)
+    monkeypatch.setattr(anyquant, "__path__", [str(tmp_path)])
+    native._load.cache_clear()
+    assert native.available(), native.why_not()
+    assert native_kmeans.kmeans_errors(values, weights, ks).tobytes() == errors.tobytes()
+    assert native_kmeans.kmeans(values, None, 16).tobytes() == centroids.tobytes()
+
+
 DRIVER = r"""
 #include <cstdlib>
 #include <cstring>
@@ -231,6 +285,29 @@ int main() {
         if (n && std::memcmp(values.data(), back.data(), n) != 0) return 3;
         if (aq_unpack_bits(codes.data(), m + 1, rows, cols, bits, back.data(), n) == AQ_OK) return 4;
       }
+  for (size_t cols = 1; cols < 700; cols = cols * 5 / 4 + 1)
+    for (unsigned kind = 0; kind < 6; ++kind) {
+      const size_t rows = 2, n = rows * cols;
+      std::vector<float> values(n), weights(kind % 2 ? n : cols);
+      unsigned state = kind + 1;
+      for (float& x : values) {
+        state = state * 1664525u + 1013904223u;
+        x = kind < 2 ? static_cast<float>(state >> 8) : kind < 4 ? static_cast<float>(state >> 28) : 0.f;
+        if (kind == 3 && state >> 28 == 5) x = 1e9f;
+      }
+      for (float& w : weights) w = static_cast<float>((state = state * 1664525u + 1013904223u) >> 30);
+      const std::vector<int32_t> ks = {1, 2, 3, 8, 16, 100, 256};
+      std::vector<double> errors(rows * ks.size()), centroids(rows * 16), memory(aq_kmeans_workspace(cols) / 8);
+      std::vector<uint8_t> codes(n);
+      if (aq_kmeans_errors(values.data(), n, kind ? weights.data() : nullptr, kind ? weights.size() : 0, rows, cols,
+                           ks.data(), ks.size(), errors.data(), errors.size(), memory.data(), memory.size() * 8))
+        return 5;
+      if (aq_kmeans(values.data(), n, nullptr, 0, rows, cols, 16, centroids.data(), centroids.size(), memory.data(),
+                    memory.size() * 8))
+        return 6;
+      const std::vector<float> codebook(centroids.begin(), centroids.end());
+      if (aq_assign(values.data(), n, rows, cols, codebook.data(), codebook.size(), 16, codes.data(), n)) return 7;
+    }
   return 0;
 }
 """
