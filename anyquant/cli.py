@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from anyquant import __version__
-from anyquant.console import Group, Output, Size, run
+from anyquant.console import Group, Output, Resumable, Size, run
 
 MODEL = click.argument("model", metavar="MODEL")
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -35,9 +36,9 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def target_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options that ``plan`` and ``quantize`` share."""
+    function = job_options(function)
     for option in reversed(
         [
-            click.option("--method", default="block", show_default=True, help="See 'anyquant methods'."),
             click.option(
                 "--bits", type=float, metavar="B", help="Bits per weight of the matrices, all overhead counted."
             ),
@@ -45,7 +46,47 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--for", "size_of", default="ir", show_default=True, help="--size of the ir, gguf or onnx files."
             ),
-            click.option("--block", type=click.Choice(["16", "32"]), help="Block length of the method block.  [32]"),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def job_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how, but not how large: those of ``sweep`` too."""
+    for option in reversed(
+        [
+            click.option("--method", default="block", show_default=True, help="See 'anyquant methods'."),
+            click.option(
+                "--allocation",
+                type=click.Choice(["model", "matrix", "uniform"]),
+                help="Who shares a budget: the model, each matrix; or one width for all.",
+            ),
+            click.option("--block", type=click.Choice(["16", "32"]), help="block: block length.  [32]"),
+            click.option("--outliers", type=float, metavar="PERCENT", help="skim: weights kept in FP16.  [0]"),
+            click.option(
+                "--calib",
+                default="self",
+                show_default=True,
+                metavar="TEXT",
+                help="Text to weight errors by: a file, a dataset id, or self.",
+            ),
+            click.option("--calib-windows", type=int, default=32, show_default=True, help="Windows of that text."),
+            click.option("--calib-window", type=int, default=256, show_default=True, help="Tokens per window."),
+            click.option(
+                "--importance",
+                type=click.Choice(["gradient", "activation", "fisher"]),
+                default="gradient",
+                show_default=True,
+                help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.",
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn by chance."),
+            click.option(
+                "--work-dir",
+                type=click.Path(path_type=Path),
+                metavar="W",
+                help="Keep statistics and errors there, for any later target.",
+            ),
             click.option("--quantize-embeddings", is_flag=True, help="Include embeddings and lm_head."),
             click.option(
                 "--count",
@@ -66,14 +107,40 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest: Any) -> Any:
+    from anyquant.calibration import CalibrationSettings
     from anyquant.planning import Job, Target
 
     options: dict[str, Any] = {}
     if rest["block"]:
         options["block"] = int(rest["block"])
+    if rest["outliers"] is not None:
+        options["outliers"] = rest["outliers"]
     workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
     target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
-    return Job(method, target, options, rest["quantize_embeddings"], workers)
+    calibration = CalibrationSettings(
+        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], rest["importance"]
+    )
+    return Job(
+        method,
+        target,
+        options,
+        quantize_embeddings=rest["quantize_embeddings"],
+        allocation=rest["allocation"],
+        calibration=calibration,
+        workers=workers,
+    )
+
+
+@contextmanager
+def _work(checkpoint: Any, job: Any, path: Path, *, resume: bool, keep: bool) -> Iterator[Any]:
+    """The work folder of a job; an interruption says how to go on."""
+    from anyquant.workfolder import work_folder
+
+    with work_folder(path, job.identity(checkpoint), resume=resume, keep=keep) as work:
+        try:
+            yield work
+        except KeyboardInterrupt:
+            raise Resumable from None
 
 
 def _open(model: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -131,15 +198,74 @@ def plan(out: Output, model: str, revision: str | None, trust_remote_code: bool,
     \b
     Example: anyquant plan SmolLM2.gguf --bits 4.25
              anyquant plan SmolLM2.gguf --size 100MB --for gguf
+             anyquant plan SmolLM2.gguf --method skim --bits 3.25
     """
     from anyquant.planning import plan as work_out
     from anyquant.summary import plan_data, plan_text
 
-    checkpoint = _open(model, revision, trust_remote_code)
-    with out.progress("measuring") as progress:
-        planned = work_out(checkpoint, _job(**options), progress)
+    work_dir = options.pop("work_dir")
+    checkpoint, job = _open(model, revision, trust_remote_code), _job(**options)
+    with out.progress("measuring") as progress, ExitStack() as stack:
+        work = stack.enter_context(_work(checkpoint, job, work_dir, resume=False, keep=True)) if work_dir else None
+        planned = work_out(checkpoint, job, work, progress)
     data = plan_data(planned)
     out.result(data, lambda: plan_text(data))
+
+
+def _targets(context: click.Context, option: click.Parameter, text: str) -> list[float]:
+    try:
+        return [float(target) for target in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of bits; write for example 2.3,3,3.25,4.", context) from None
+
+
+@cli.command()
+@MODEL
+@click.option("--targets", required=True, callback=_targets, metavar="B,B,...", help="Bits per weight, like --bits.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text to measure losses on.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write sweep.json and sweep.html.")
+@click.option("--windows", type=int, default=16, show_default=True, help="At most so many windows of --text.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window of --text.")
+@job_options
+@verb
+def sweep(
+    out: Output,
+    model: str,
+    targets: list[float],
+    text: Path | None,
+    report: Path | None,
+    windows: int,
+    window: int,
+    revision: str | None,
+    trust_remote_code: bool,
+    work_dir: Path | None,
+    **options: Any,
+) -> None:
+    """Bytes and loss of MODEL at many sizes.
+
+    \b
+    Example: anyquant sweep SmolLM2.gguf --method skim --targets 2.5,3,3.25,4
+               --text text.txt --report sizes
+    """
+    from anyquant.report.sweeps import sweep_text, write_sweep
+    from anyquant.sweep import TextSettings
+    from anyquant.sweep import sweep as sweep_over
+    from anyquant.workfolder import work_folder
+
+    checkpoint = _open(model, revision, trust_remote_code)
+    jobs = [_job(bits=bits, size=None, size_of="ir", **options) for bits in targets]
+    measured = TextSettings(text, windows, window, options["seed"]) if text else None
+    with out.progress("sweeping") as progress, ExitStack() as stack:
+        work = None
+        if work_dir:
+            kept = work_folder(work_dir, jobs[0].identity(checkpoint), resume=False, keep=True)
+            work = stack.enter_context(kept)
+        found = sweep_over(
+            checkpoint, jobs, work, measured, trust_remote_code=trust_remote_code, progress=progress, note=out.note
+        )
+    if report:
+        write_sweep(found, report)
+    out.result(found.to_json(), lambda: sweep_text(found))
 
 
 @cli.command()
@@ -148,35 +274,71 @@ def plan(out: Output, model: str, revision: str | None, trust_remote_code: bool,
     "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New folder."
 )
 @target_options
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @verb
 def quantize(
-    out: Output, model: str, output: Path, revision: str | None, trust_remote_code: bool, **options: Any
+    out: Output,
+    model: str,
+    output: Path,
+    revision: str | None,
+    trust_remote_code: bool,
+    work_dir: Path | None,
+    resume: bool,
+    **options: Any,
 ) -> None:
     """Quantize MODEL into a folder, from which exports are made.
 
     \b
-    Example: anyquant quantize SmolLM2.gguf -o small --bits 4.25 --block 32
+    Example: anyquant quantize SmolLM2.gguf -o small --method skim --bits 3.25
              anyquant quantize SmolLM2.gguf -o small --size 90MB
     """
     from anyquant import ir
-    from anyquant.pipeline import run as work
+    from anyquant.pipeline import run as quantize_as
     from anyquant.planning import plan as work_out
-    from anyquant.summary import plan_data, quantized_text
+    from anyquant.summary import mean_losses, plan_data, quantized_text
 
     ir.refuse_existing(output)
-    checkpoint = _open(model, revision, trust_remote_code)
-    with out.progress("measuring") as progress:
-        planned = work_out(checkpoint, _job(**options), progress)
-    with out.progress("quantizing") as progress:
-        made = work(planned, output, progress)
-    data = {**plan_data(planned, exports=False), "output": str(output), "error": _mean_error(made)}
+    checkpoint, job = _open(model, revision, trust_remote_code), _job(**options)
+    with ExitStack() as stack:
+        work = None
+        if work_dir or resume or job.needs_statistics:
+            beside = output.with_name(output.name + ".work")
+            folder = _work(checkpoint, job, work_dir or beside, resume=resume, keep=work_dir is not None)
+            work = stack.enter_context(folder)
+        with out.progress("measuring") as progress:
+            planned = work_out(checkpoint, job, work, progress)
+        with out.progress("quantizing") as progress:
+            made = quantize_as(planned, output, work, progress, resume=resume)
+    data = {**plan_data(planned, exports=False), "output": str(output), **mean_losses(made)}
     out.result(data, lambda: quantized_text(data))
 
 
-def _mean_error(model: Any) -> float:
-    """Relative squared error over the quantized matrices, weighted by their sizes."""
-    chosen = [entry for entry in model.entries.values() if entry.quantized]
-    return float(sum(e.error * e.spec.numel for e in chosen) / sum(e.spec.numel for e in chosen))
+@cli.command()
+@FOLDER
+@click.option(
+    "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar="REPORT", help="Folder to fill."
+)
+@click.option("--source", metavar="MODEL", help="The unquantized model: shows weights before, errors of rows.")
+@click.option("--matrix", metavar="NAME", help="Shown in detail.  [the one whose outputs lose most]")
+@click.option("--sweep", type=click.Path(path_type=Path), metavar="FILE", help="A sweep.json of the same model.")
+@REVISION
+@REMOTE
+@verb
+def report(out: Output, folder: Path, output: Path, **options: Any) -> None:
+    """What the quantization made of a DIR, as a page with plots.
+
+    \b
+    Example: anyquant report small -o report --source SmolLM2.gguf
+               --sweep sizes/sweep.json
+    """
+    from anyquant.report.run import ReportSettings, report_text
+    from anyquant.report.run import report as write
+    from anyquant.runtime import native
+
+    native.install()
+    with out.progress("reading") as progress:
+        facts = write(ReportSettings(folder, output, **options), progress)
+    out.result(facts.to_json(), lambda: report_text(facts, output))
 
 
 @cli.command()
@@ -190,6 +352,13 @@ def _mean_error(model: Any) -> float:
 @click.option("--accuracy-level", type=click.IntRange(0, 4), default=0, show_default=True, help="ONNX: of MatMulNBits.")
 @click.option(
     "--flavor", default="genai", show_default=True, help="ONNX: genai adds what onnxruntime-genai needs; or plain."
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(["fold", "stream"]),
+    default="fold",
+    show_default=True,
+    help="ONNX: codebook matrices without a kernel: FP32 once loaded, or packed and slow.",
 )
 @verb
 def export(out: Output, exporter: str, folder: Path, output: Path, **options: Any) -> None:

@@ -43,6 +43,10 @@ class Size(click.ParamType[int]):
         return size
 
 
+class Resumable(KeyboardInterrupt):
+    """Interrupted, and what was done is kept."""
+
+
 def _wrapped(line: str) -> str:
     """A line cut at words to the terminal's width; coloured lines are cut already."""
     width = shutil.get_terminal_size().columns
@@ -69,6 +73,11 @@ class Output:
             click.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
         elif not self.quiet:
             click.echo("\n".join(map(_wrapped, text().splitlines())))
+
+    def note(self, text: str) -> None:
+        """Something to know before the result is there, on stderr."""
+        if not self.quiet:
+            click.echo(text, err=True)
 
     @contextmanager
     def progress(self, label: str) -> Iterator[ir.Progress | None]:
@@ -146,6 +155,9 @@ def run(cli: click.Command) -> None:
         fail(f"{error.format_message()}\n{usage}{hint.strip()}", UsageError.exit_code)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
+    except Resumable:
+        on = [] if "--resume" in sys.argv else ["--resume"]
+        fail(f"interrupted; what was done is kept. To go on: {shlex.join(['anyquant', *sys.argv[1:], *on])}", 130)
     except (click.Abort, KeyboardInterrupt):
         again = shlex.join(["anyquant", *sys.argv[1:]])
         fail(f"interrupted; nothing unfinished was left. To do it again: {again}", 130)

@@ -8,7 +8,8 @@ from typing import Any
 from anyquant import ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import AnyquantError
-from anyquant.planning import Job, Target, chosen_matrices, export_plan, feasible_bits, plan
+from anyquant.forms import chosen_matrices
+from anyquant.planning import Job, Target, export_plan, feasible_bits, plan
 from anyquant.plugins import EXPORTERS, METHODS, plugins
 
 
@@ -82,7 +83,9 @@ def check_export(model: ir.Model, exporter: str) -> dict[str, Any]:
 
 
 def inspect_ir(model: ir.Model) -> dict[str, Any]:
-    """What an IR folder holds, from its headers."""
+    """What an IR folder holds, from its headers and the numbers of bits of its rows."""
+    from anyquant.report.hard import hard_rows  # brings much that ``plan`` has no use for
+
     kinds = Counter(form_name(entry.spec) for entry in model.entries.values())
     return {
         "name": model.path.name if model.path else "",
@@ -97,6 +100,7 @@ def inspect_ir(model: ir.Model) -> dict[str, Any]:
         "aliases": model.aliases,
         "bits_per_weight": model.bits_per_weight,
         "quantized_bits": model.quantized_bits,
+        "hard": hard_rows(model),
         "exporters": _verdicts(model),
     }
 

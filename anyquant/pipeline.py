@@ -2,49 +2,120 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anyquant import ir
+from anyquant.calibration import MatrixStatistics, Statistics
+from anyquant.measuring import statistics_of, with_calibration
 from anyquant.methods import get_method
 from anyquant.planning import Plan
 from anyquant.workers import in_order
+from anyquant.workfolder import WorkFolder
 
 
-def run(planned: Plan, output: str | Path, progress: ir.Progress | None = None) -> ir.Model:
+def run(
+    planned: Plan,
+    output: str | Path,
+    work: WorkFolder | None = None,
+    progress: ir.Progress | None = None,
+    *,
+    resume: bool = False,
+) -> ir.Model:
     """Quantize as planned and write the IR folder.
+
+    Args:
+        planned: the plan.
+        output: the folder to make.
+        work: keeps every finished matrix, and the statistics.
+        progress: called after each tensor.
+        resume: whether to take matrices from the work folder that an interrupted run has finished.
 
     Raises:
         NonFiniteError: a weight holds NaN or Inf.
-        UsageError: the folder exists and is not empty.
+        UsageError: the folder exists and is not empty; resuming for another target.
         MachineError: the disk is full. Nothing is left under the final name.
     """
-    checkpoint, model = planned.checkpoint, planned.model
-    ir.refuse_existing(Path(output))
+    checkpoint, job = planned.checkpoint, planned.job
+    output = Path(output)
+    ir.refuse_existing(output)
+    names = list(planned.levels)
+    if work:
+        work.begin_tensors(job.recorded_target(), resume=resume)
+        if resume:
+            remove_leftovers(output)
+    with statistics_of(checkpoint, job, names, work, progress) as statistics:
+        model = with_calibration(planned.model, job.calibration, statistics)
+
+        def unit(name: str) -> tuple[ir.Tensor, ir.Loss | None]:
+            entry = model.entries[name]
+            if not entry.quantized:
+                return checkpoint.raw(name), None
+            index = names.index(name)
+            done = work.tensor(index, name, entry.spec) if work else None
+            if done is not None:
+                return done
+            weight, tensor = _quantize(planned, name, statistics)
+            loss = measure_loss(weight, tensor, statistics.matrix(name) if statistics else None)
+            if work:
+                work.save_tensor(index, name, tensor, loss)
+            return tensor, loss
+
+        results = in_order(unit, [(name,) for name in model.entries], job.workers)
+        return ir.write_ir(
+            output, model, lambda name: next(results), write_side_files=checkpoint.write_side_files, progress=progress
+        )
+
+
+def dequantized(planned: Plan, statistics: Statistics | None) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (name, FP32 values) of every tensor of the result, in its order; nothing is written.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or Inf.
+    """
+    names = list(planned.model.entries)
+
+    def unit(name: str) -> NDArray[np.float32]:
+        if name not in planned.levels:
+            return planned.checkpoint.read(name)
+        return ir.dequantize(_quantize(planned, name, statistics)[1])
+
+    yield from zip(names, in_order(unit, [(name,) for name in names], planned.job.workers), strict=True)
+
+
+def _quantize(planned: Plan, name: str, statistics: Statistics | None) -> tuple[NDArray[np.float32], ir.Tensor]:
+    """Weight and tensor of a matrix."""
     method = get_method(planned.job.method)
-    settings = method.settings(planned.job.options)
-
-    def unit(name: str) -> tuple[ir.Tensor, float | None]:
-        entry = model.entries[name]
-        if not entry.quantized:
-            return checkpoint.raw(name), None
-        weight = checkpoint.read(name)
-        tensor = method.quantize(weight, entry.spec, settings)
-        return tensor, relative_error(weight, tensor)
-
-    results = in_order(unit, [(name,) for name in model.entries], planned.job.workers)
-    return ir.write_ir(
-        output, model, lambda name: next(results), write_side_files=checkpoint.write_side_files, progress=progress
-    )
+    weight = planned.checkpoint.read(name)
+    known = statistics.matrix(name) if statistics else None
+    return weight, method.quantize(weight, planned.levels[name], known, method.settings(planned.job.options))
 
 
-def relative_error(weight: np.ndarray, tensor: ir.Tensor) -> float:
-    """Sum (w - q)**2 / sum w**2 in FP64, a few rows at a time; 0 for a matrix of zeros."""
-    lost = whole = 0.0
+def remove_leftovers(output: Path) -> None:
+    """Remove what a killed process left under temporary names; the lock of the work folder says that it is gone."""
+    for path in output.absolute().parent.glob(f".{output.name}.partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def measure_loss(weight: NDArray[np.float32], tensor: ir.Tensor, statistics: MatrixStatistics | None) -> ir.Loss:
+    """What a quantized matrix loses, in FP64, a few rows at a time.
+
+    Returns:
+        Relative squared error of the weights, sum (w - q)**2 / sum w**2; and with statistics of the outputs,
+        sum E[((w - q) x)**2] / sum E[(w x)**2] over the inputs x of the calibration. 0 for a matrix of zeros.
+    """
+    moment = statistics.full().astype(np.float64) if statistics else None
+    lost, whole = np.zeros(2), np.zeros(2)
     for rows in ir.row_chunks(tensor.spec.shape):
-        part = weight[rows]
-        difference = part - ir.dequantize(tensor, rows)
-        lost += float(np.einsum("ij,ij->", difference, difference, dtype=np.float64))
-        whole += float(np.einsum("ij,ij->", part, part, dtype=np.float64))
-    return lost / whole if whole else 0.0
+        part = weight[rows].astype(np.float64)
+        for total, values in ((whole, part), (lost, part - ir.dequantize(tensor, rows))):
+            total[0] += np.einsum("ij,ij->", values, values)
+            if moment is not None:
+                total[1] += np.einsum("ij,ij->", values @ moment, values)
+    # Rounding can leave a moment that is zero in truth a little below it.
+    weights, outputs = (max(float(a), 0.0) / float(b) if b > 0 else 0.0 for a, b in zip(lost, whole, strict=True))
+    return ir.Loss(weights, outputs if moment is not None else None)

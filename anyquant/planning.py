@@ -1,30 +1,34 @@
 """What a quantization will make of a checkpoint: every form and every byte, before it is done.
 
-Planning reads headers alone, except where a fractional target has to be met by mixing forms: which matrix gets
-which form is then decided by measured errors, for which every matrix is read once.
+Planning reads headers alone, except where a target has to be met by mixing forms: which unit gets how many bits is
+then decided by measured errors, for which every matrix is read once (and, for methods that weight errors by what
+passes through a matrix, the model is run once on a little text).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anyquant import __version__, ir
-from anyquant.allocation import Choice, allocate
+from anyquant.allocation import Assignment, Table, allocate, walk, within
+from anyquant.calibration import CalibrationSettings
 from anyquant.checkpoint import Checkpoint
-from anyquant.errors import InfeasibleTarget, InputError, UsageError
-from anyquant.methods import Method, get_method
-from anyquant.workers import in_order
+from anyquant.errors import InfeasibleTarget, UsageError
+from anyquant.estimates import peak_memory
+from anyquant.forms import Forms, chosen_matrices
+from anyquant.measuring import calibration_record, measure
+from anyquant.methods import get_method
 
 if TYPE_CHECKING:
     from anyquant.exporters.protocol import ExportPlan
+    from anyquant.workfolder import WorkFolder
 
-# Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
-# million weights at a time; and transformers with torch, which make the tokenizer files of a GGUF source.
-_BASE_MEMORY, _WORKER_MEMORY, _TOKENIZER_MEMORY = 220 << 20, 60 << 20, 80 << 20
+ALLOCATIONS = ("model", "matrix", "uniform")
+_TOLERANCE = 0.01  # bits per weight that a mix or a uniform width may lie from what was asked for
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,71 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done to a checkpoint."""
+    """What is to be done to a checkpoint.
+
+    Attributes:
+        method: name of the method.
+        target: how large the result is to be.
+        options: of the method.
+        quantize_embeddings: whether embeddings and head are included.
+        allocation: which units compete for bits: those of the whole "model", those of each "matrix", or none
+            ("uniform": all have the same level). Unless given it is the model, but each matrix where errors are
+            weighted by activations alone, which do not compare across matrices.
+        calibration: the texts that statistics are taken on; read by methods that need statistics alone.
+        workers: threads.
+    """
 
     method: str
     target: Target
     options: dict[str, Any] = field(default_factory=dict)
     quantize_embeddings: bool = False
+    allocation: str | None = None
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     workers: int = 1
 
+    def __post_init__(self) -> None:
+        """Check the allocation.
 
-@dataclass(frozen=True)
+        Raises:
+            UsageError: unknown.
+        """
+        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+            raise UsageError(f"--allocation is {self.allocation!r}, must be one of {', '.join(ALLOCATIONS)}.")
+
+    @property
+    def scope(self) -> str:
+        """The allocation that was asked for, or the one that suits the importance."""
+        activations = self.needs_statistics and self.calibration.importance == "activation"
+        return self.allocation or ("matrix" if activations else "model")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method wants a calibration."""
+        return get_method(self.method).needs_statistics
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients weight the errors, so that their sum is a rise of the loss in nats."""
+        return self.needs_statistics and self.calibration.importance != "activation"
+
+    def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """All that statistics and measured errors depend on, as JSON: what a work folder belongs to."""
+        return {
+            "anyquant": __version__,
+            "model": checkpoint.fingerprint(),
+            "method": self.method,
+            "settings": get_method(self.method).settings(self.options),
+            "quantize_embeddings": self.quantize_embeddings,
+            "calibration": self.calibration.identity() if self.needs_statistics else None,
+        }
+
+    def recorded_target(self) -> dict[str, Any]:
+        """The target as JSON, without what was not asked for."""
+        target = {key: value for key, value in vars(self.target).items() if value is not None}
+        return {**target, "allocation": self.scope}
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A job worked out: every form decided, every byte known.
 
@@ -78,16 +137,22 @@ class Plan:
         model: the description of the result, without values.
         checkpoint: the source.
         job: what was asked for.
+        levels: name -> levels of the matrix' units, uint8 [units].
         feasible: fewest and most of what the target counts (bits or bytes).
         measured: whether errors were measured to mix forms.
+        loss: what these forms lose by the errors that were measured: with gradients the expected rise of the loss, in
+            nats per token, half the weighted squared error; without, the mean relative squared error. None where
+            nothing was measured.
         peak_memory: bytes of memory that quantizing needs, estimated from shapes.
     """
 
     model: ir.Model
     checkpoint: Checkpoint
     job: Job
+    levels: dict[str, np.ndarray]
     feasible: tuple[float, float]
     measured: bool
+    loss: float | None
     peak_memory: int
 
     @property
@@ -96,76 +161,16 @@ class Plan:
         return ir.file_sizes(self.model)
 
 
-def chosen_matrices(checkpoint: Checkpoint, quantize_embeddings: bool) -> list[str]:
-    """Names of the tensors that a method is applied to, in the checkpoint's order.
+def forms_of(checkpoint: Checkpoint, job: Job) -> Forms:
+    """The matrices of a job and all forms that they can take.
 
     Raises:
-        InputError: there is none.
+        UsageError: a bad option.
+        InputError: nothing to quantize.
     """
-    wanted = {*checkpoint.matrices(), *(checkpoint.embeddings() if quantize_embeddings else ())}
-    names = [name for name in checkpoint.tensors if name in wanted]
-    if not names:
-        raise InputError(
-            f"{checkpoint.name} holds no matrices to quantize among its {len(checkpoint.tensors)} tensors."
-        )
-    return names
-
-
-def _describe(checkpoint: Checkpoint, job: Job, settings: dict[str, Any], forms: dict[str, ir.Spec]) -> ir.Model:
-    entries = {}
-    for name in checkpoint.tensors:
-        spec = forms.get(name) or checkpoint.spec(name)
-        entries[name] = ir.Entry(spec, quantized=name in forms, source_transposed=name in checkpoint.transposed)
-    recorded = {**settings, "target": {k: v for k, v in vars(job.target).items() if v is not None}}
-    source = {"kind": checkpoint.kind, "name": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
-    return ir.Model(
-        path=None,
-        config=checkpoint.config,
-        method=job.method,
-        settings=recorded,
-        source=source,
-        entries=entries,
-        aliases=dict(checkpoint.aliases),
-        files=checkpoint.side_files(),
-        anyquant_version=__version__,
-    )
-
-
-def _counted_bytes(spec: ir.Spec, count: str) -> int:
-    if count == "all":
-        return spec.nbytes
-    dtype, shape = spec.arrays()[".codes"]
-    return int(dtype.itemsize * np.prod(shape, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class _Forms:
-    """The matrices of a job and the forms that each can take; from headers alone."""
-
-    method: Method
-    settings: dict[str, Any]
-    names: list[str]
-    choices: list[Sequence[ir.Spec]]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, job: Job) -> _Forms:
-        method = get_method(job.method)
-        settings = method.settings(job.options)
-        names = chosen_matrices(checkpoint, job.quantize_embeddings)
-        shapes = [checkpoint.tensors[name].shape for name in names]
-        return cls(method, settings, names, [method.choices((shape[0], shape[1]), settings) for shape in shapes])
-
-    def uniform(self) -> list[list[int]]:
-        """The assignments that give every matrix the same level, fewest bytes first."""
-        levels = range(max(map(len, self.choices)))
-        return [[min(level, len(c) - 1) for c in self.choices] for level in levels]
-
-    def pick(self, chosen: Sequence[int]) -> dict[str, ir.Spec]:
-        return {name: c[i] for name, c, i in zip(self.names, self.choices, chosen, strict=True)}
-
-    def bits(self, chosen: Sequence[int], count: str) -> float:
-        specs = self.pick(chosen).values()
-        return 8 * sum(_counted_bytes(s, count) for s in specs) / sum(s.numel for s in specs)
+    method = get_method(job.method)
+    names = chosen_matrices(checkpoint, job.quantize_embeddings)
+    return Forms.of(checkpoint, method, method.settings(job.options), names)
 
 
 def feasible_bits(checkpoint: Checkpoint, job: Job) -> tuple[float, float]:
@@ -175,25 +180,26 @@ def feasible_bits(checkpoint: Checkpoint, job: Job) -> tuple[float, float]:
         UsageError: a bad option.
         InputError: nothing to quantize.
     """
-    forms = _Forms.of(checkpoint, job)
+    forms = forms_of(checkpoint, job)
     uniform = forms.uniform()
     return forms.bits(uniform[0], job.target.count), forms.bits(uniform[-1], job.target.count)
 
 
-def plan(checkpoint: Checkpoint, job: Job, progress: ir.Progress | None = None) -> Plan:
+def plan(checkpoint: Checkpoint, job: Job, work: WorkFolder | None = None, progress: ir.Progress | None = None) -> Plan:
     """Work out a job.
 
     Args:
         checkpoint: the source.
         job: what is to be done.
-        progress: called with (name, done, all) while errors are measured, if they have to be.
+        work: keeps what is measured, and is asked first.
+        progress: called with (what, done, all) while the model is run and errors are measured, if they have to be.
 
     Raises:
         InfeasibleTarget: the target lies outside the feasible interval; raised before any weight is read.
         UsageError: a bad option.
         InputError: nothing to quantize.
     """
-    forms = _Forms.of(checkpoint, job)
+    forms = forms_of(checkpoint, job)
     if job.target.size_of != "ir":
         forms = _exportable(checkpoint, job, forms)
     limit, cost = _budget(checkpoint, job, forms)
@@ -201,27 +207,47 @@ def plan(checkpoint: Checkpoint, job: Job, progress: ir.Progress | None = None) 
     costs = [cost(chosen) for chosen in uniform]
     feasible = (costs[0], costs[-1])
     _require_feasible(job, forms.settings, limit, feasible)
-    exact = [chosen for chosen, value in zip(uniform, costs, strict=True) if abs(value - limit) < 1e-6]
-    if limit >= costs[-1]:
-        exact = [uniform[-1]]
-    chosen = exact[-1] if exact else _mix(checkpoint, job, forms, cost, limit, progress)
-    model = _describe(checkpoint, job, forms.settings, forms.pick(chosen))
-    largest = max(4 * c[0].numel for c in forms.choices)
-    peak = _BASE_MEMORY + job.workers * (3 * largest + _WORKER_MEMORY)
-    peak += max(entry.spec.nbytes for entry in model.entries.values())
-    peak += _TOKENIZER_MEMORY if checkpoint.kind == "gguf" else 0
-    return Plan(model, checkpoint, job, feasible, not exact, peak)
+    chosen, loss = _uniform(job, forms, uniform, costs, limit), None
+    measured = chosen is None
+    if chosen is None:
+        tables = measure(checkpoint, job, forms, work, progress)
+        chosen = _mix(job, forms, tables, cost, limit)
+        loss = predicted_loss(job, forms, tables, chosen)
+    model = describe(checkpoint, job, forms.settings, forms.pick(chosen))
+    levels = dict(zip(forms.names, chosen, strict=True))
+    return Plan(model, checkpoint, job, levels, feasible, measured, loss, peak_memory(checkpoint, job, forms, model))
 
 
-def _budget(checkpoint: Checkpoint, job: Job, forms: _Forms) -> tuple[float, Callable[[Sequence[int]], float]]:
+def describe(checkpoint: Checkpoint, job: Job, settings: dict[str, Any], forms: dict[str, ir.Spec]) -> ir.Model:
+    """The model that results, without values."""
+    entries = {}
+    for name in checkpoint.tensors:
+        spec = forms.get(name) or checkpoint.spec(name)
+        entries[name] = ir.Entry(spec, quantized=name in forms, source_transposed=name in checkpoint.transposed)
+    source = {"kind": checkpoint.kind, "name": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
+    return ir.Model(
+        path=None,
+        config=checkpoint.config,
+        method=job.method,
+        settings={**settings, "target": job.recorded_target()},
+        source=source,
+        entries=entries,
+        aliases=dict(checkpoint.aliases),
+        files=checkpoint.side_files(),
+        anyquant_version=__version__,
+        calibration=calibration_record(job.calibration) if job.needs_statistics else None,
+    )
+
+
+def _budget(checkpoint: Checkpoint, job: Job, forms: Forms) -> tuple[float, Callable[[Assignment], float]]:
     """The limit, and the function of an assignment that has to stay within it."""
     target = job.target
     if target.bits is not None:
         return target.bits, lambda chosen: forms.bits(chosen, target.count)
     assert target.size is not None
 
-    def model_of(chosen: Sequence[int]) -> ir.Model:
-        return _describe(checkpoint, job, forms.settings, forms.pick(chosen))
+    def model_of(chosen: Assignment) -> ir.Model:
+        return describe(checkpoint, job, forms.settings, forms.pick(chosen))
 
     if target.size_of == "ir":
         return target.size, lambda chosen: sum(ir.file_sizes(model_of(chosen)).values())
@@ -240,26 +266,27 @@ def export_plan(model: ir.Model, exporter: str) -> ExportPlan:
     return get_exporter(exporter).check(model, ExportOptions())
 
 
-def _exportable(checkpoint: Checkpoint, job: Job, forms: _Forms) -> _Forms:
-    """Leave the forms that the target's exporter takes, and of those that it writes alike just the best.
+def _exportable(checkpoint: Checkpoint, job: Job, forms: Forms) -> Forms:
+    """Leave the levels that the target's exporter takes, and of those that it writes alike just the best.
 
     Raises:
         InfeasibleTarget: it takes no form of a matrix.
     """
-    kept: list[dict[str, ir.Spec]] = [{} for _ in forms.names]
+    kept: list[dict[Any, int]] = [{} for _ in forms.names]
     reasons: dict[str, str] = {}
     for chosen in forms.uniform():
         picked = forms.pick(chosen)
-        export = export_plan(_describe(checkpoint, job, forms.settings, picked), job.target.size_of)
+        export = export_plan(describe(checkpoint, job, forms.settings, picked), job.target.size_of)
         refused = {refusal.tensor: refusal for refusal in export.refusals}
         reasons |= {name: f"{refusal.reason}; {refusal.remedy}" for name, refusal in refused.items()}
-        for name, choices in zip(forms.names, kept, strict=True):
+        for name, levels, matrix, own in zip(forms.names, kept, forms.levels, chosen, strict=True):
             if name not in refused:
-                choices[export.types[name]] = picked[name]  # a later one is written in as many bytes, and is better
-    for name, choices in zip(forms.names, kept, strict=True):
-        if not choices:
+                # A later form that is written in as many bytes is better. Levels of rows always differ in bytes.
+                levels[export.types[name] if matrix.units == 1 else int(own[0])] = int(own[0])
+    for name, levels in zip(forms.names, kept, strict=True):
+        if not levels:
             raise InfeasibleTarget(f"{job.target.size_of} takes no form of {name}: {reasons[name]}", (0.0, 0.0))
-    return replace(forms, choices=[list(choices.values()) for choices in kept])
+    return forms.restrict([tuple(levels.values()) for levels in kept])
 
 
 def _require_feasible(job: Job, settings: dict[str, Any], limit: float, feasible: tuple[float, float]) -> None:
@@ -278,27 +305,74 @@ def _require_feasible(job: Job, settings: dict[str, Any], limit: float, feasible
         )
 
 
+def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[float], limit: float) -> Assignment | None:
+    """The assignment of one level to all that the target asks for; None where levels are to be mixed.
+
+    Raises:
+        InfeasibleTarget: only one level is allowed, and none is near the target.
+    """
+    if limit >= costs[-1]:
+        return uniform[-1]
+    fitting = [i for i, cost in enumerate(costs) if cost <= limit + 1e-9]
+    if job.scope != "uniform":
+        whole = all(levels.units == 1 for levels in forms.levels)
+        exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6]
+        return uniform[exact[-1]] if exact and whole else None
+    near = [i for i, cost in enumerate(costs) if abs(cost - limit) <= _TOLERANCE]
+    if job.target.bits is None:
+        return uniform[fitting[-1]]
+    if not near:
+        known = ", ".join(f"{cost:.3f}" for cost in costs)
+        raise InfeasibleTarget(
+            f"--allocation uniform gives every row of this model one width: {known} bits per weight, not {limit:g}. "
+            "Choose one of them, or another --allocation.",
+            (costs[0], costs[-1]),
+        )
+    return uniform[near[-1]]
+
+
+def predicted_loss(job: Job, forms: Forms, tables: list[np.ndarray], chosen: Assignment) -> float:
+    """What an assignment loses by the tables of :func:`anyquant.measuring.measure`; see :class:`Plan`."""
+    errors = sum(
+        float(np.take_along_axis(table, levels[:, None].astype(np.int64), 1).sum())
+        for table, levels in zip(tables, chosen, strict=True)
+    )
+    return errors / 2 if job.has_gradients else errors / forms.numel
+
+
 def _mix(
-    checkpoint: Checkpoint,
-    job: Job,
-    forms: _Forms,
-    cost: Callable[[Sequence[int]], float],
-    limit: float,
-    progress: ir.Progress | None,
-) -> list[int]:
-    """Choose a form per matrix by measured relative error."""
+    job: Job, forms: Forms, tables: list[np.ndarray], cost: Callable[[Assignment], float], limit: float
+) -> Assignment:
+    """Spread bits by measured errors."""
+    choices = [
+        Table(tuple(levels.nbytes[i] for i in allowed), errors[:, list(allowed)])
+        for levels, allowed, errors in zip(forms.levels, forms.allowed, tables, strict=True)
+    ]
 
-    def measure(name: str, choices: Sequence[ir.Spec]) -> list[float]:
-        weight = checkpoint.read(name)
-        # Relative, times the number of weights: layers differ in scale, and what follows normalizes it away.
-        scale = weight.size / max(float(np.einsum("ij,ij->", weight, weight, dtype=np.float64)), 1e-300)
-        return [error * scale for error in forms.method.errors(weight, choices, forms.settings)]
+    def levels_of(positions: Assignment) -> Assignment:
+        return [np.array(a, np.uint8)[p] for a, p in zip(forms.allowed, positions, strict=True)]
 
-    table = []
-    arguments = list(zip(forms.names, forms.choices, strict=True))
-    for done, errors in enumerate(in_order(measure, arguments, job.workers)):
-        name, choices = arguments[done]
-        table.append([Choice(spec.nbytes, error) for spec, error in zip(choices, errors, strict=True)])
-        if progress:
-            progress(name, done + 1, len(arguments))
-    return allocate(table, lambda chosen: cost(chosen) <= limit + 1e-9, fill=job.target.size_of == "ir")
+    def fits(positions: Assignment) -> bool:
+        return cost(levels_of(positions)) <= limit + 1e-9
+
+    if job.scope == "model":
+        fill = job.target.size_of == "ir" and all(levels.units == 1 for levels in forms.levels)
+        return levels_of(allocate(choices, fits, fill=fill))
+    # The same bits in every matrix: the most that fit, to a few bytes.
+    walks = [walk([table]) for table in choices]
+    counted = [
+        tuple(costs[i] for i in allowed)
+        for costs, allowed in zip(forms.costs(job.target.count), forms.allowed, strict=True)
+    ]
+
+    def at(bits: float) -> Assignment:
+        budgets = [bits * out * columns / 8 for out, columns in forms.shapes]
+        if job.target.count == "all":
+            budgets = [budget - levels.overhead for budget, levels in zip(budgets, forms.levels, strict=True)]
+        return [part for w, c, budget in zip(walks, counted, budgets, strict=True) for part in within(w, c, budget)]
+
+    low, high = 0.0, 64.0
+    for _ in range(24):  # to 4e-6 bits
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    return levels_of(at(low))

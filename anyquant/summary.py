@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from anyquant import ir
 from anyquant.console import mebibytes, table
+from anyquant.estimates import seconds
 from anyquant.exporters.protocol import ExportPlan
 from anyquant.inspection import check_export, form_name
 from anyquant.planning import Plan
@@ -33,8 +35,11 @@ def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
             for name, e in model.entries.items()
         },
     }
+    if planned.loss is not None:
+        data["loss"] = planned.loss
     if exports:
         data["exports"] = {name: check_export(planned.model, name) for name in plugins(EXPORTERS)}
+        data["seconds"] = seconds(planned)
     return data
 
 
@@ -72,9 +77,29 @@ def plan_text(data: dict[str, Any]) -> str:
             f"tensors: {forms}",
             "",
             table(("to make", "bytes", "", "memory", "temporary disk"), rows),
+            _time_line(data["seconds"]),
             *remarks,
         ]
     )
+
+
+def mean_losses(model: ir.Model) -> dict[str, float | None]:
+    """Relative squared errors over the quantized matrices, weighted by their sizes; None where none was measured."""
+    chosen = [entry for entry in model.entries.values() if entry.quantized]
+    numel = sum(entry.spec.numel for entry in chosen)
+
+    def mean(key: str) -> float | None:
+        values = [getattr(entry, key) for entry in chosen]
+        if any(value is None for value in values):
+            return None
+        return float(sum(v * e.spec.numel for v, e in zip(values, chosen, strict=True)) / numel)
+
+    return {"error": mean("error"), "output_error": mean("output_error")}
+
+
+def _time_line(stages: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+    return f"time to quantize, roughly: {sum(stages.values()):.0f} s ({parts}), beside loading and writing"
 
 
 def quantized_text(data: dict[str, Any]) -> str:
@@ -82,7 +107,8 @@ def quantized_text(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             _bits_line(data),
-            f"relative squared error of the matrices: {data['error']:.3e}",
+            f"relative squared error of the matrices: {data['error']:.3e}"
+            + (f", of their outputs: {data['output_error']:.3e}" if data["output_error"] is not None else ""),
             f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])}), tokenizer not counted",
             f"next: anyquant export gguf {data['output']} -o {data['output']}.gguf",
         ]
@@ -108,8 +134,11 @@ def export_text(data: dict[str, Any]) -> str:
 
 
 def inspection_text(data: dict[str, Any]) -> str:
-    """What is in a model, a line each."""
-    return "\n".join(f"{key.replace('_', ' '):<18} {_words(value)}" for key, value in data.items())
+    """What is in a model, a line each; of an IR folder which rows are hard, too."""
+    from anyquant.report.hard import hard_text
+
+    lines = [f"{key.replace('_', ' '):<18} {_words(value)}" for key, value in data.items() if key != "hard"]
+    return "\n".join([*lines, *(["", hard_text(data["hard"])] if "hard" in data else [])])
 
 
 def _words(value: Any, nested: bool = False) -> str:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 # Before anything imports torch or huggingface_hub: no test may reach the network, and tests run beside each other.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -67,6 +73,48 @@ def real_text() -> Path:
 def real_wiki() -> Path:
     """Part of a Wikipedia dump, XML packed by bzip2, 1.7 MB."""
     return _real("wiki")
+
+
+@pytest.fixture(scope="session")
+def run_in_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """run_in_node(model.onnx, {input: array}, [outputs]) -> {output: array}: once, in onnxruntime-node on the CPU.
+
+    Skipped where Node.js is not installed; where only the package is missing, it fails in CI.
+    """
+    node, modules = shutil.which("node"), fetch.find_clients()
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    if modules is None:
+        reason = f"onnxruntime-node is not in {fetch.clients_folder()}: run python tools/fetch.py --clients"
+        if shutil.which("npm") and os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+    def run(model: Path, feeds: dict[str, np.ndarray], outputs: list[str]) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("node")
+        request: dict[str, Any] = {"model": str(model), "threads": 2, "feeds": {}}
+        for i, (name, array) in enumerate(feeds.items()):
+            file = folder / f"feed-{i}"
+            file.write_bytes(np.ascontiguousarray(array).tobytes())
+            request["feeds"][name] = {"type": str(array.dtype), "dims": list(array.shape), "file": str(file)}
+        request["outputs"] = {name: str(folder / f"output-{i}") for i, name in enumerate(outputs)}
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        done = subprocess.run(
+            [node, str(REPOSITORY / "tools" / "clients" / "run_onnx.cjs"), str(folder / "request.json")],
+            env={**os.environ, "NODE_PATH": str(modules)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["versions"]["node"] == "1.30.0"
+        return {
+            name: np.frombuffer(Path(request["outputs"][name]).read_bytes(), form["type"]).reshape(form["dims"])
+            for name, form in answer["outputs"].items()
+        }
+
+    return run
 
 
 TRAINING_TEXT = [
@@ -210,6 +258,76 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 def tiny_llama(tiny_checkpoint: Callable[..., Path]) -> Path:
     """A tiny random LlamaForCausalLM folder: hidden 64, MLP 96, 2 layers, vocabulary 389, tied, FP32."""
     return tiny_checkpoint("llama")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> dict[str, object]:
+        loaded: dict[str, object] = json.loads(self.out)
+        return loaded
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """invoke(*arguments): run the command line in this process; its exit code, stdout and stderr."""
+    from anyquant.cli import main
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["anyquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+class _Page(HTMLParser):
+    """Collects tags and links of a page; knows when a tag is not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="session")
+def check_page() -> Callable[[str], None]:
+    """check_page(html): whole, its plots are XML, no script, nothing that would be loaded from elsewhere."""
+
+    def check(page: str) -> None:
+        parsed = _Page()
+        parsed.feed(page)
+        assert parsed.open == []
+        assert not parsed.tags & {"script", "link", "img", "iframe", "object", "image"}
+        assert all(link.startswith("#") for link in parsed.links)
+        assert not re.search(r"url\((?!['\"]?#)", page)
+        assert "@import" not in page
+        drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+        assert len(drawings) == page.count("<svg")
+        for drawing in drawings:
+            ElementTree.fromstring(drawing)
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,42 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from anyquant import ir
-from anyquant.cli import cli, main
+from anyquant.cli import cli
 from anyquant.console import Size, mebibytes, table
 
-VERBS = ["inspect", "plan", "quantize", "export", "validate", "exporters", "methods", "doctor"]
+if TYPE_CHECKING:
+    from tests.conftest import Result
 
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> dict[str, object]:
-        loaded: dict[str, object] = json.loads(self.out)
-        return loaded
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run the command line in this process."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["anyquant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
+VERBS = ["inspect", "plan", "sweep", "quantize", "report", "export", "validate", "exporters", "methods", "doctor"]
 
 
 def test_all_verbs_are_there() -> None:

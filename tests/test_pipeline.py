@@ -26,7 +26,7 @@ def planned(folder: Path, **target: object) -> Plan:
     options = target.pop("options", {})
     embeddings = bool(target.pop("embeddings", False))
     workers = target.pop("workers", 1)
-    job = Job("block", Target(**target), dict(options), embeddings, workers)  # type: ignore[arg-type,call-overload]
+    job = Job("block", Target(**target), dict(options), embeddings, workers=workers)  # type: ignore[arg-type,call-overload]
     return plan(open_checkpoint(str(folder)), job)
 
 
@@ -204,7 +204,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tiny_llama: Path, tmp_path: 
 def test_progress(tiny_llama: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     result = planned(tiny_llama, bits=4.25)
-    run(result, tmp_path / "out", lambda *step: seen.append(step))
+    run(result, tmp_path / "out", progress=lambda *step: seen.append(step))
     count = len(result.model.entries)
     assert [name for name, _, _ in seen] == list(result.model.entries)
     assert [(done, total) for _, done, total in seen] == [(i + 1, count) for i in range(count)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
-from anyquant.methods.protocol import Method
+from anyquant.methods.protocol import LevelArray, Levels, Method
 from anyquant.plugins import METHODS, plugin
 
-__all__ = ["Method", "get_method"]
+__all__ = ["LevelArray", "Levels", "Method", "get_method"]
 
 
 def get_method(name: str) -> Method:

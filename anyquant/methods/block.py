@@ -10,16 +10,18 @@ measured on SmolLM2-135M and is no clear gain: KL to the source 4 % lower with b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import UsageError
-from anyquant.ir import ZERO_BLOCK, BlockSpec, Spec, Tensor
+from anyquant.ir import ZERO_BLOCK, BlockSpec, Tensor
 from anyquant.ir.packing import pack
-from anyquant.methods.protocol import Floats, Settings
+from anyquant.methods.protocol import Floats, LevelArray, Levels, Settings
+
+if TYPE_CHECKING:
+    from anyquant.calibration import MatrixStatistics
 
 WIDTHS = range(2, 9)
 _CHUNK = 1 << 20  # weights handled at a time
@@ -30,6 +32,7 @@ class BlockMethod:
 
     name = "block"
     summary = "block floating point, 2 to 8 bits, data-free"
+    needs_statistics = False
 
     def settings(self, options: Settings) -> dict[str, Any]:
         """Complete and check the options: block, 16 or 32.
@@ -47,22 +50,31 @@ class BlockMethod:
             raise UsageError(f"--block is {settings['block']!r}, must be 16 or 32.")
         return settings
 
-    def choices(self, shape: tuple[int, int], settings: Settings) -> Sequence[Spec]:
-        """Widths 2 to 8, fewest bytes first."""
-        return [BlockSpec(shape, "bfp", width, settings["block"]) for width in WIDTHS]
+    def levels(self, shape: tuple[int, int], settings: Settings) -> Levels:
+        """Widths 2 to 8 of the matrix as a whole."""
+        specs = [BlockSpec(shape, "bfp", width, settings["block"]) for width in WIDTHS]
+        exponents = shape[0] * specs[0].blocks
+        return Levels(1, tuple(s.nbytes for s in specs), tuple(s.nbytes - exponents for s in specs))
 
-    def errors(self, weight: Floats, choices: Sequence[Spec], settings: Settings) -> list[float]:
-        """Squared error of each width, FP64."""
+    def spec(self, shape: tuple[int, int], chosen: LevelArray, settings: Settings) -> BlockSpec:
+        """The form of a matrix of this width."""
+        return BlockSpec(shape, "bfp", WIDTHS[int(chosen[0])], settings["block"])
+
+    def errors(self, weight: Floats, statistics: MatrixStatistics | None, settings: Settings) -> NDArray[np.float64]:
+        """Relative squared error of each width times the number of weights, float64 [1, 7]."""
         totals = []
-        for spec in choices:
-            assert isinstance(spec, BlockSpec)
+        for level in range(len(WIDTHS)):
+            spec = self.spec((weight.shape[0], weight.shape[1]), np.array([level], np.uint8), settings)
             parts = _chunks(weight, spec)
             totals.append(sum(float(_quantize_blocks(part, spec)[2].sum()) for part in parts))
-        return totals
+        power = max(float(np.einsum("ij,ij->", weight, weight, dtype=np.float64)), 1e-300)
+        return np.array([totals]) * (weight.size / power)
 
-    def quantize(self, weight: Floats, spec: Spec, settings: Settings) -> Tensor:
+    def quantize(
+        self, weight: Floats, chosen: LevelArray, statistics: MatrixStatistics | None, settings: Settings
+    ) -> Tensor:
         """BFP codes and exponents of float32 [out, in]."""
-        assert isinstance(spec, BlockSpec)
+        spec = self.spec((weight.shape[0], weight.shape[1]), chosen, settings)
         exponents, codes = [], []
         for part in _chunks(weight, spec):
             exponent, code, _ = _quantize_blocks(part, spec)

@@ -1,27 +1,65 @@
 """What a method is: the protocol that built-in and third-party methods share.
 
 Methods are found through the entry-point group ``anyquant.methods``. They know matrices, not models.
+
+A matrix consists of units that choose their number of bits alone: its rows, or the matrix as a whole. A method says
+what each level costs in bytes, measures what it costs in error, and quantizes a matrix with the levels it is given.
+How bits are spread over units is not the method's business: see :mod:`anyquant.allocation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.ir import Spec, Tensor
 
+if TYPE_CHECKING:
+    from anyquant.calibration import MatrixStatistics
+
 Floats = NDArray[np.float32]
+LevelArray = NDArray[np.uint8]
 Settings = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What a matrix of some shape can choose from, in bytes.
+
+    Attributes:
+        units: how many things choose a level each: the rows of the matrix, or 1.
+        nbytes: stored bytes of one unit at each level, ascending.
+        code_bytes: those of them that are codes, which is all that ``--count index`` counts.
+        overhead: stored bytes of the matrix whatever the levels.
+    """
+
+    units: int
+    nbytes: tuple[int, ...]
+    code_bytes: tuple[int, ...]
+    overhead: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of levels."""
+        return len(self.nbytes)
+
+
 class Method(Protocol):
-    """The protocol; all functions are pure, so that units can run anywhere in any order."""
+    """The protocol; all functions are pure, so that units of work can run anywhere in any order.
+
+    Attributes:
+        name: of the entry point.
+        summary: one line for ``anyquant methods``.
+        needs_statistics: whether ``errors`` and ``quantize`` want the statistics of a calibration.
+    """
 
     name: str
     summary: str
+    needs_statistics: bool
 
     def settings(self, options: Settings) -> dict[str, Any]:
         """Complete and check the options; the result is recorded in the IR as JSON.
@@ -30,11 +68,20 @@ class Method(Protocol):
             UsageError: an option that is unknown to the method or out of range.
         """
 
-    def choices(self, shape: tuple[int, int], settings: Settings) -> Sequence[Spec]:
-        """The forms that a matrix [out, in] can take, fewest bytes first; from its shape alone."""
+    def levels(self, shape: tuple[int, int], settings: Settings) -> Levels:
+        """What a matrix [out, in] can choose from, fewest bytes first; from its shape alone."""
 
-    def errors(self, weight: Floats, choices: Sequence[Spec], settings: Settings) -> list[float]:
-        """Squared error sum (w - q)**2 of each choice, FP64."""
+    def spec(self, shape: tuple[int, int], chosen: LevelArray, settings: Settings) -> Spec:
+        """The form of a matrix whose units have these levels, uint8 [units]."""
 
-    def quantize(self, weight: Floats, spec: Spec, settings: Settings) -> Tensor:
-        """The tensor of this form that stands for ``weight``, float32 [out, in]."""
+    def errors(self, weight: Floats, statistics: MatrixStatistics | None, settings: Settings) -> NDArray[np.float64]:
+        """Error of each unit at each level, float64 [units, levels], relative to the matrix.
+
+        A squared error, weighted as the method thinks right. Without gradients, errors of different matrices do not
+        compare; then it is divided by the same sum over the weights themselves, times the number of weights.
+        """
+
+    def quantize(
+        self, weight: Floats, chosen: LevelArray, statistics: MatrixStatistics | None, settings: Settings
+    ) -> Tensor:
+        """The tensor that stands for ``weight``, float32 [out, in], with these levels."""

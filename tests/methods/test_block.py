@@ -53,12 +53,15 @@ def oracle(weight: np.ndarray, width: int, block: int) -> tuple[np.ndarray, floa
 
 def check(weight: np.ndarray, width: int, block: int) -> None:
     chosen = METHOD.settings({"block": block})
-    spec = ir.BlockSpec(weight.shape, "bfp", width, block)
-    tensor = METHOD.quantize(weight, spec, chosen)
+    level = np.array([width - WIDTHS[0]], np.uint8)
+    tensor = METHOD.quantize(weight, level, None, chosen)
     tensor.check("w")
+    assert tensor.spec == ir.BlockSpec(weight.shape, "bfp", width, block)
     expected, error = oracle(weight, width, block)
     np.testing.assert_array_equal(ir.dequantize(tensor), expected)
-    assert METHOD.errors(weight, [spec], chosen)[0] == pytest.approx(error, rel=1e-5, abs=1e-40)
+    power = sum(float(v) ** 2 for v in weight.ravel())
+    relative = error / power * weight.size if power else 0.0
+    assert METHOD.errors(weight, None, chosen)[0, level[0]] == pytest.approx(relative, rel=1e-5, abs=1e-30)
 
 
 @pytest.mark.parametrize("block", [16, 32])
@@ -104,13 +107,19 @@ def test_any_matrix(weight: np.ndarray, width: int) -> None:
 
 def test_more_bits_leave_less_error() -> None:
     weight = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float32)
-    errors = METHOD.errors(weight, METHOD.choices((8, 256), METHOD.settings({})), METHOD.settings({}))
-    assert all(after < 0.5 * before for before, after in itertools.pairwise(errors))
+    errors = METHOD.errors(weight, None, METHOD.settings({}))
+    assert errors.shape == (1, len(WIDTHS))
+    assert all(after < 0.5 * before for before, after in itertools.pairwise(errors[0]))
 
 
-def test_choices_are_widths_by_bytes() -> None:
-    specs = METHOD.choices((4, 100), METHOD.settings({"block": 16}))
-    assert [spec.nbytes for spec in specs] == [4 * (7 * 16 * w // 8 + 7) for w in WIDTHS]
+def test_levels_are_widths_by_bytes() -> None:
+    chosen = METHOD.settings({"block": 16})
+    levels = METHOD.levels((4, 100), chosen)
+    assert (levels.units, levels.overhead) == (1, 0)
+    assert levels.code_bytes == tuple(4 * 7 * 16 * w // 8 for w in WIDTHS)
+    assert levels.nbytes == tuple(codes + 4 * 7 for codes in levels.code_bytes)
+    for level, nbytes in enumerate(levels.nbytes):
+        assert METHOD.spec((4, 100), np.array([level], np.uint8), chosen).nbytes == nbytes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""How much memory and time a quantization will take, from shapes and a fraction of a second of trying."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anyquant import ir
+from anyquant.checkpoint import Checkpoint
+from anyquant.forms import Forms
+
+if TYPE_CHECKING:
+    from anyquant.planning import Job, Plan
+
+# Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
+# million weights at a time; transformers with torch, which make the tokenizer files of a GGUF source; and torch with a
+# model of no weights, on which a calibration runs.
+_BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 350 << 20
+_SAMPLE_ROWS = 16
+_MULTIPLY = 512  # side of the matrices by which the speed of products is measured
+
+
+def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model) -> int:
+    """Bytes of memory that measuring and quantizing need at their height."""
+    largest = max(4 * out * columns for out, columns in forms.shapes)
+    # The weights and what they became; with statistics also the moment of the inputs, in FP64, and a product with it.
+    held = 3 * largest
+    if job.needs_statistics:
+        held += max(16 * columns**2 + 16 * out * columns for out, columns in forms.shapes)
+    peak = _BASE + job.workers * (held + _WORKER)
+    peak += max(entry.spec.nbytes for entry in model.entries.values())
+    peak += _TOKENIZER if checkpoint.kind == "gguf" else 0
+    return max(peak, _calibration_memory(checkpoint, job) if job.needs_statistics else 0)
+
+
+def _calibration_memory(checkpoint: Checkpoint, job: Job) -> int:
+    """Sampling text from the model needs the model; statistics need a block of it and two copies of the states."""
+    weights = sum(4 * prod(info.shape) for info in checkpoint.tensors.values())
+    layers = max(1, int(checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layer") or 1))
+    hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
+    states = 2 * 4 * hidden * job.calibration.windows * job.calibration.window
+    embeddings = sum(4 * prod(checkpoint.tensors[name].shape) for name in checkpoint.embeddings())
+    if job.calibration.importance == "fisher":
+        states += states // 2 * layers
+    streamed = embeddings + 3 * (weights - embeddings) // layers + states
+    return _BASE + _TORCH + (max(weights, streamed) if job.calibration.source == "self" else streamed)
+
+
+def seconds(planned: Plan) -> dict[str, float]:
+    """Stage -> seconds that it may take here, on as many threads as the job has workers; takes half a second itself."""
+    from anyquant.planning import forms_of
+
+    job, forms = planned.job, forms_of(planned.checkpoint, planned.job)
+    rows: Counter[int] = Counter()
+    for out, columns in forms.shapes:
+        rows[columns] += out
+    rates = {columns: _row_seconds(forms, columns) for columns in rows}
+    measuring, quantizing = (sum(count * rates[columns][i] for columns, count in rows.items()) for i in (0, 1))
+    stages = {}
+    if job.needs_statistics:
+        stages["calibration"] = _calibration_seconds(planned.checkpoint, job)
+    if planned.measured:
+        stages["measuring errors"] = measuring / job.workers
+    stages["quantizing"] = quantizing / job.workers
+    return stages
+
+
+def _row_seconds(forms: Forms, columns: int) -> tuple[float, float]:
+    """Seconds of measuring and of quantizing one row of some length."""
+    weight = np.random.default_rng(0).standard_normal((_SAMPLE_ROWS, columns)).astype(np.float32)
+    levels = forms.method.levels((_SAMPLE_ROWS, columns), forms.settings)
+    chosen = np.full(levels.units, levels.count // 2, np.uint8)
+    found: list[float] = []
+    calls: tuple[Any, ...] = (
+        lambda: forms.method.errors(weight, None, forms.settings),
+        lambda: forms.method.quantize(weight, chosen, None, forms.settings),
+    )
+    for call in calls:
+        call()
+        start = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - start) / _SAMPLE_ROWS)
+    return found[0], found[1]
+
+
+def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
+    a = np.ones((_MULTIPLY, _MULTIPLY), np.float32)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    rate = 2 * _MULTIPLY**3 / (time.perf_counter() - start)
+    tokens = job.calibration.windows * job.calibration.window
+    shapes = [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
+    forward = sum(2 * out * columns for out, columns in shapes)
+    moments = sum(2 * columns**2 for _, columns in shapes) / 2  # q, k and v, or gate and up, share theirs
+    passes = 1 + 3 * (job.calibration.importance == "fisher") + (job.calibration.source == "self")
+    return tokens * (passes * forward + moments) / rate

@@ -1,0 +1,98 @@
+"""The matrices of a job and the forms that each can take; from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anyquant import ir
+from anyquant.allocation import Assignment
+from anyquant.checkpoint import Checkpoint
+from anyquant.errors import InputError
+from anyquant.methods import Levels, Method
+
+Shape = tuple[int, int]
+
+
+def chosen_matrices(checkpoint: Checkpoint, quantize_embeddings: bool) -> list[str]:
+    """Names of the tensors that a method is applied to, in the checkpoint's order.
+
+    Raises:
+        InputError: there is none.
+    """
+    wanted = {*checkpoint.matrices(), *(checkpoint.embeddings() if quantize_embeddings else ())}
+    names = [name for name in checkpoint.tensors if name in wanted]
+    if not names:
+        raise InputError(
+            f"{checkpoint.name} holds no matrices to quantize among its {len(checkpoint.tensors)} tensors."
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What each matrix can choose from.
+
+    Attributes:
+        method: the method.
+        settings: its settings.
+        names: of the matrices.
+        shapes: of the matrices, [out, in].
+        levels: what a matrix of each shape can choose from.
+        allowed: of each matrix the levels that may be chosen, ascending; an exporter may leave some out.
+    """
+
+    method: Method
+    settings: dict[str, Any]
+    names: list[str]
+    shapes: list[Shape]
+    levels: list[Levels]
+    allowed: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, method: Method, settings: dict[str, Any], names: list[str]) -> Forms:
+        """All levels of the named matrices."""
+        shapes = [(checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in names]
+        by_shape = {shape: method.levels(shape, settings) for shape in dict.fromkeys(shapes)}
+        levels = [by_shape[shape] for shape in shapes]
+        return cls(method, settings, names, shapes, levels, [tuple(range(each.count)) for each in levels])
+
+    def uniform(self) -> list[Assignment]:
+        """The assignments that give every unit of every matrix the same level, fewest bytes first."""
+        return [
+            [
+                np.full(levels.units, allowed[min(position, len(allowed) - 1)], np.uint8)
+                for levels, allowed in zip(self.levels, self.allowed, strict=True)
+            ]
+            for position in range(max(map(len, self.allowed)))
+        ]
+
+    def pick(self, chosen: Assignment) -> dict[str, ir.Spec]:
+        """Name -> form of an assignment."""
+        return {
+            name: self.method.spec(shape, levels, self.settings)
+            for name, shape, levels in zip(self.names, self.shapes, chosen, strict=True)
+        }
+
+    def costs(self, count: str) -> list[tuple[int, ...]]:
+        """Of each matrix what a unit counts at each level: all bytes, or codes alone."""
+        return [levels.nbytes if count == "all" else levels.code_bytes for levels in self.levels]
+
+    def bits(self, chosen: Assignment, count: str) -> float:
+        """Counted bits per weight."""
+        total = sum(levels.overhead for levels in self.levels) if count == "all" else 0
+        for levels, cost in zip(chosen, self.costs(count), strict=True):
+            total += int(np.array(cost, np.int64) @ np.bincount(levels, minlength=len(cost)))
+        return 8 * total / self.numel
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(out * columns for out, columns in self.shapes)
+
+    def restrict(self, allowed: Sequence[tuple[int, ...]]) -> Forms:
+        """The same with fewer levels."""
+        return Forms(self.method, self.settings, self.names, self.shapes, self.levels, list(allowed))

@@ -1,0 +1,83 @@
+"""Measuring what each level costs each unit: calibration, then a table of errors per matrix."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anyquant import ir
+from anyquant.calibration import CalibrationSettings, Statistics, calibrate
+from anyquant.checkpoint import Checkpoint
+from anyquant.forms import Forms
+from anyquant.workers import in_order
+
+if TYPE_CHECKING:
+    from anyquant.planning import Job
+    from anyquant.workfolder import WorkFolder
+
+
+@contextmanager
+def statistics_of(
+    checkpoint: Checkpoint, job: Job, names: list[str], work: WorkFolder | None, progress: ir.Progress | None = None
+) -> Iterator[Statistics | None]:
+    """The statistics that a job's method needs, taken now or found in the work folder; None where it needs none.
+
+    Without a work folder they are in a temporary one, which ends with the context.
+    """
+    if not job.needs_statistics:
+        yield None
+    elif work is not None:
+        yield calibrate(checkpoint, names, job.calibration, work.calibration, progress)
+    else:
+        with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
+            yield calibrate(checkpoint, names, job.calibration, Path(folder), progress)
+
+
+def calibration_record(settings: CalibrationSettings, statistics: Statistics | None = None) -> dict[str, Any]:
+    """What the IR says of its calibration; of the same length before there are statistics."""
+    return {**settings.identity(), "fingerprint": statistics.fingerprint if statistics else "0" * 64}
+
+
+def with_calibration(model: ir.Model, settings: CalibrationSettings, statistics: Statistics | None) -> ir.Model:
+    """The description with the calibration that was done."""
+    return replace(model, calibration=calibration_record(settings, statistics)) if statistics else model
+
+
+def measure(
+    checkpoint: Checkpoint, job: Job, forms: Forms, work: WorkFolder | None, progress: ir.Progress | None = None
+) -> list[np.ndarray]:
+    """Of each matrix the errors float64 [units, levels]; see :meth:`anyquant.methods.Method.errors`.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or Inf.
+    """
+    known: dict[str, np.ndarray | None] = {}
+    for index, (name, levels) in enumerate(zip(forms.names, forms.levels, strict=True)):
+        known[name] = work.table(index, name, (levels.units, levels.count)) if work else None
+    if all(table is not None for table in known.values()):
+        return [table for table in known.values() if table is not None]
+
+    with statistics_of(checkpoint, job, forms.names, work, progress) as statistics:
+
+        def unit(name: str) -> np.ndarray:
+            found = known[name]
+            if found is not None:
+                return found
+            weight = checkpoint.read(name)
+            return forms.method.errors(weight, statistics.matrix(name) if statistics else None, forms.settings)
+
+        tables = []
+        results = in_order(unit, [(name,) for name in forms.names], job.workers)
+        for index, (name, table) in enumerate(zip(forms.names, results, strict=True)):
+            if work and known[name] is None:
+                work.save_table(index, name, table)
+            tables.append(table)
+            if progress:
+                progress(name, index + 1, len(forms.names))
+    return tables

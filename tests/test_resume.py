@@ -1,0 +1,128 @@
+"""Killed at random moments, resumed, and the same to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TRIALS = 25
+ARGUMENTS = ["--method", "skim", "--bits", "3.3", "--outliers", "0.5", "--calib-windows", "6", "--calib-window", "48"]
+
+
+def quantize(arguments: list[str], log: str) -> None:
+    """The verb, in a process that has everything imported already; its words go to a file."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    from anyquant.cli import main
+
+    sys.argv = ["anyquant", "quantize", *arguments]
+    main()
+
+
+@pytest.fixture(scope="module")
+def server() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "transformers.models.llama.modeling_llama", "anyquant.cli", "anyquant.pipeline"]
+    )
+    return context
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+class Runs:
+    """Runs of the verb on one model, each in a process of its own."""
+
+    def __init__(self, server: multiprocessing.context.ForkServerContext, model: Path, folder: Path) -> None:
+        self.server, self.model, self.folder = server, model, folder
+
+    def start(self, out: str, *more: str) -> multiprocessing.context.ForkServerProcess:
+        arguments = [str(self.model), "-o", str(self.folder / out), *ARGUMENTS, *more]
+        process = self.server.Process(target=quantize, args=(arguments, str(self.folder / "log")))
+        process.start()
+        return process
+
+    def finish(self, out: str, *more: str) -> dict[str, str]:
+        process = self.start(out, *more)
+        process.join(300)
+        assert process.exitcode == 0, (self.folder / "log").read_text()
+        return hashes(self.folder / out)
+
+
+@pytest.fixture
+def runs(server: multiprocessing.context.ForkServerContext, tiny_llama: Path, tmp_path: Path) -> Runs:
+    return Runs(server, tiny_llama, tmp_path)
+
+
+def stage(folder: Path) -> str:
+    """How far a killed run has come."""
+    work = folder / "out.work"
+    if (folder / "out").exists():
+        return "finished"
+    if list(folder.glob(".out.partial-*")):
+        return "writing"
+    if (work / "tensors").exists():
+        return "quantizing"
+    if (work / "tables").exists():
+        return "measuring"
+    return "calibrating" if (work / "calibration").exists() else "starting"
+
+
+@pytest.mark.slow
+def test_killed_at_25_random_moments(runs: Runs) -> None:
+    folder = runs.folder
+    runs.finish("warm")
+    began = time.monotonic()
+    expected = runs.finish("whole")
+    duration = time.monotonic() - began
+    assert not (folder / "whole.work").exists()
+    rng = random.Random(0)
+    seen: dict[str, int] = {}
+    for _ in range(TRIALS):
+        process = runs.start("out")
+        time.sleep(rng.uniform(0, duration))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        where = stage(folder)
+        seen[where] = seen.get(where, 0) + 1
+        begun = (folder / "out.work" / "job.json").exists()
+        found = hashes(folder / "out") if where == "finished" else runs.finish("out", *(["--resume"] if begun else []))
+        assert found == expected, where
+        left = {path.name for path in folder.iterdir()} - {"warm", "whole", "out", "log", "out.work"}
+        assert not left
+        shutil.rmtree(folder / "out")
+        shutil.rmtree(folder / "out.work", ignore_errors=True)
+    print(f"killed while: {seen}")
+    assert len(seen) >= 3, seen
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_still_ends(runs: Runs) -> None:
+    expected = runs.finish("whole")
+    delay = 0.2
+    for attempt in range(40):
+        process = runs.start("out", *(["--resume"] if attempt and (runs.folder / "out.work/job.json").exists() else []))
+        process.join(delay)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        delay += 0.1  # a step that takes longer than the time it gets would never end
+    assert process.exitcode == 0, (runs.folder / "log").read_text()
+    assert hashes(runs.folder / "out") == expected
+
+
+def test_any_number_of_workers_gives_the_same_bytes(runs: Runs) -> None:
+    assert runs.finish("one", "--workers", "1") == runs.finish("five", "--workers", "5")
