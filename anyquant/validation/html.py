@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from anyquant.report.markup import card_row, definitions, figure_row, no_plots, page, section, table
 from anyquant.validation import plots
 from anyquant.validation.results import Comparison, Gate, ModelRow, TensorComparison, ValidationReport
-from anyquant.validation.style import CSS
 from anyquant.validation.words import (
     DASH,
     differing,
@@ -25,28 +25,23 @@ _LISTED = 10
 def to_html(report: ValidationReport) -> str:
     """The page."""
     passed = not report.failed
-    name = escape(str(report.model["name"]))
+    name = str(report.model["name"])
     count = f"{len(report.gates) - len(report.failed)} of {len(report.gates)} gates passed"
     badge = f'<span class="badge {"good" if passed else "bad"}">{"PASSED" if passed else "FAILED"}</span>'
     sections = [
         _cards(report),
-        _section("Models", _models(report)),
-        _section("The same weights in every runtime", _runtimes(report)),
+        section("Models", _models(report)),
+        section("The same weights in every runtime", _runtimes(report)),
         _plots(report),
-        _section("Gates", _gates(report.gates)),
-        _section("Tensors that differ", _tensor_differences(report.tensors)),
-        _section(f"Greedy text after “{report.prompt}”", _texts(report)),
-        _section("First choices that differ", _top_differences(report.comparisons)),
-        _section("Notes", "".join(f"<p>{escape(note)}</p>" for note in report.notes)),
-        _section("How this was measured", _environment(report)),
+        section("Gates", _gates(report.gates)),
+        section("Tensors that differ", _tensor_differences(report.tensors)),
+        section(f"Greedy text after “{report.prompt}”", _texts(report)),
+        section("First choices that differ", _top_differences(report.comparisons)),
+        section("Notes", "".join(f"<p>{escape(note)}</p>" for note in report.notes)),
+        section("How this was measured", _environment(report)),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}: validation</title><style>{CSS}</style></head><body><main>"
-        f"<header><div><h1>{name}</h1><p>{_subtitle(report)}</p></div><div class=verdict>{badge}<p>{count}</p></div>"
-        f"</header>{''.join(sections)}</main></body></html>\n"
-    )
+    aside = f"<div class=verdict>{badge}<p>{count}</p></div>"
+    return page(f"{name}: validation", name, _subtitle(report), "".join(sections), aside=aside)
 
 
 def _subtitle(report: ValidationReport) -> str:
@@ -58,23 +53,6 @@ def _subtitle(report: ValidationReport) -> str:
         f"measured on {data['windows']} windows of {data['window']} tokens of {data['text']}",
     ]
     return escape(" · ".join(part for part in parts if part))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def _table(head: list[str], rows: list[list[str]], numeric: int = 99) -> str:
-    """A table of escaped cells; columns from ``numeric`` on are aligned right."""
-
-    def cells(tag: str, values: list[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if column >= numeric else ''}>{value}</{tag}>"
-            for column, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _mark(word: str) -> str:
@@ -104,10 +82,7 @@ def _cards(report: ValidationReport) -> str:
     for row in report.rows:
         if row.name not in ("source", "IR"):
             cards.append((f"{row.name} file", size(row.nbytes), f"{row.bits_per_weight:.2f} bits per weight"))
-    return "<div class=cards>" + "".join(
-        f"<div class=card><h3>{escape(title)}</h3><strong>{escape(value)}</strong><p>{escape(detail)}</p></div>"
-        for title, value, detail in cards
-    ) + "</div>"  # fmt: skip
+    return card_row(cards)
 
 
 def _interval(estimate: Any, unit: str) -> str:
@@ -142,7 +117,7 @@ def _models(report: ValidationReport) -> str:
 
     head = ["", "runtime", "gates", "size", "bits per weight", "perplexity", "KL to source: mean", "median", "99 %"]
     head += ["max", "top-1", "tensors", "per window", "peak memory"]
-    return _table(head, [row_of(row) for row in report.rows], 3) + (
+    return table(head, [row_of(row) for row in report.rows], 3) + (
         "<p class=small>KL(source || model) in nats per token. ± is one standard error, by paired bootstrap over "
         "windows. Bits per weight: all bytes over all weights, quantized or not.</p>"
     )
@@ -166,20 +141,16 @@ def _runtimes(report: ValidationReport) -> str:
                 ]
             )
     head = ["", "arithmetic", "max |d logit|", "largest |logit|", "KL: mean", "max", "top-1 differs", "near ties"]
-    return _table(head, rows, 2) if rows else ""
+    return table(head, rows, 2) if rows else ""
 
 
 def _plots(report: ValidationReport) -> str:
-    if not plots.available():
-        return _section("Plots", "<p>Not drawn: matplotlib is not installed (pip install 'anyquant[report]').</p>")
-    drawn = plots.plots(report)
-    figures = "".join(f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in drawn.items())
-    return f"<section><div class=plots>{figures}</div></section>"
+    return no_plots() or f"<section>{figure_row(plots.plots(report))}</section>"
 
 
 def _gates(gates: tuple[Gate, ...]) -> str:
     rows = [[_mark("pass" if g.passed else "FAIL"), escape(g.subject), escape(g.name), escape(g.detail)] for g in gates]
-    return _table(["", "file", "gate", "found"], rows)
+    return table(["", "file", "gate", "found"], rows)
 
 
 def _tensor_differences(tensors: tuple[TensorComparison, ...]) -> str:
@@ -190,7 +161,7 @@ def _tensor_differences(tensors: tuple[TensorComparison, ...]) -> str:
             rows.append([escape(found.file), escape(d.tensor), escape(d.problem), escape(where)])
         if len(found.differences) > _LISTED:
             rows.append([escape(found.file), f"and {len(found.differences) - _LISTED} more", "", ""])
-    return _table(["file", "tensor", "problem", "first index and values"], rows) if rows else ""
+    return table(["file", "tensor", "problem", "first index and values"], rows) if rows else ""
 
 
 def _texts(report: ValidationReport) -> str:
@@ -226,7 +197,7 @@ def _top_differences(comparisons: tuple[Comparison, ...]) -> str:
         if c.reference == "IR"
         for d in c.differences[:_LISTED]
     ]
-    return _table(["", "where", "token ids", "gap of the reference's logits", ""], rows) if rows else ""
+    return table(["", "where", "token ids", "gap of the reference's logits", ""], rows) if rows else ""
 
 
 def _environment(report: ValidationReport) -> str:
@@ -244,4 +215,4 @@ def _environment(report: ValidationReport) -> str:
         + ", ".join(f"{row.name} {row.load_seconds:.1f} s" for row in report.rows),
         "schema": report.schema,
     }
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items()) + "</dl>"
+    return definitions(lines)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import re
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from anyquant.report.figures import figure, svg
 from anyquant.validation.gates import MAX_KL_FP32, MAX_KL_ROUNDED
 from anyquant.validation.results import Comparison, ValidationReport
 from anyquant.validation.words import size
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLORS = {"source": "#64748b", "IR": "#2563eb", "GGUF": "#d97706", "ONNX": "#059669"}
 _STYLES = {"IR": ("-", 4.5, 0.35), "GGUF": ("-", 1.6, 1.0), "ONNX": ("--", 1.6, 1.0)}
 _FLOOR = 1e-15
 """A KL of zero, as it is drawn on a logarithmic axis."""
-
-
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def plots(report: ValidationReport) -> dict[str, str]:
@@ -45,41 +29,12 @@ def plots(report: ValidationReport) -> dict[str, str]:
             to_torch, "KL(PyTorch || runtime) in nats", limits
         )
     found["Size and perplexity"] = _sizes(report)
-    return {title: svg for title, svg in found.items() if svg}
-
-
-def _figure() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The figure without XML prologue, metadata and dates: the same numbers give the same text."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "anyquant", "svg.fonttype": "path"}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 xmlns="http://www.w3.org/2000/svg" '
-                  r'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1, flags=re.DOTALL)  # fmt: skip
+    return {title: drawn for title, drawn in found.items() if drawn}
 
 
 def _distribution(comparisons: list[Comparison], label: str, limits: set[float] | None = None) -> str:
     """Share of tokens whose KL exceeds x."""
-    figure, axes = _figure()
+    drawn_on, axes = figure()
     drawn = False
     for comparison in comparisons:
         values = np.asarray(comparison.kl_per_token, dtype=np.float64)
@@ -106,7 +61,7 @@ def _distribution(comparisons: list[Comparison], label: str, limits: set[float] 
         return ""
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="share of tokens above")
     axes.legend(frameon=False, fontsize=9, loc="lower left")
-    return _svg(figure)
+    return svg(drawn_on)
 
 
 def _sizes(report: ValidationReport) -> str:
@@ -114,7 +69,7 @@ def _sizes(report: ValidationReport) -> str:
     rows = [row for row in report.rows if np.isfinite(row.perplexity.value) and row.nbytes > 0]
     if not rows:
         return ""
-    figure, axes = _figure()
+    drawn_on, axes = figure()
     for row in rows:
         value = row.perplexity
         error: np.ndarray | None = None
@@ -134,4 +89,4 @@ def _sizes(report: ValidationReport) -> str:
     axes.set(xlabel="bytes on disk (MB)", ylabel="perplexity, 95 % interval")
     axes.set_xlim(0, max(row.nbytes for row in rows) / 1e6 * 1.12)
     axes.legend(frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg(drawn_on)

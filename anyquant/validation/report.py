@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import secrets
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from anyquant.errors import MachineError, ValidationFailed
+from anyquant.errors import ValidationFailed
+from anyquant.report.writing import write_files
 from anyquant.validation.results import ValidationReport
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
@@ -42,6 +42,11 @@ def to_json(report: ValidationReport) -> dict[str, Any]:
     return {"schema": body.pop("schema"), **verdict, **body, "failed": plain(report.failed)}
 
 
+def to_text(value: dict[str, Any]) -> str:
+    """A JSON object as the text of a file."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path]:
     """Write report.json and report.html; each under a temporary name first.
 
@@ -54,18 +59,8 @@ def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path]:
     from anyquant.validation.html import to_html
 
     contents = {
-        JSON_NAME: json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        JSON_NAME: to_text(to_json(report)),
         HTML_NAME: to_html(report),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            temporary = folder / f".{name}.partial-{secrets.token_hex(8)}"
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                temporary.replace(folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise MachineError(f"cannot write the report to {folder}: {error.strerror or error}") from None
+    write_files(folder, contents)
     return folder / JSON_NAME, folder / HTML_NAME

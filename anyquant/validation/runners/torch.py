@@ -67,7 +67,7 @@ def open_ir_runner(spec: RunnerSpec) -> TorchRunner:
     """An IR folder, its weights dequantized to float32."""
     from anyquant.runtime import load
 
-    _quiet()
+    quiet()
     return TorchRunner(
         spec.name, load(Path(spec.path), trust_remote_code=spec.trust_remote_code), threads=spec.thread_count
     )
@@ -79,7 +79,7 @@ def open_checkpoint_runner(spec: RunnerSpec) -> TorchRunner:
     Raises:
         InputError: it cannot be loaded.
     """
-    _quiet()
+    quiet()
     if Path(spec.path).is_file():  # a folder or a hub id is none; what no GGUF is, the reader refuses
         return TorchRunner(spec.name, _load_gguf(spec.path), threads=spec.thread_count)
     import torch
@@ -109,7 +109,7 @@ def _load_gguf(path: str) -> PreTrainedModel:
     return model_from_state(checkpoint.config, tensors, checkpoint.aliases, path)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No progress bars: the caller shows its own."""
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The style sheet of the HTML report."""
+"""The style sheet that all reports share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,229 @@
+"""Measuring many quantizations of one model on one text: the source runs once, its logits wait in a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyquant import ir
+from anyquant.checkpoint import Checkpoint
+from anyquant.errors import InputError, MachineError, UsageError
+from anyquant.validation import texts
+from anyquant.validation.bootstrap import Bootstrap
+from anyquant.validation.metrics import compare_logits, log_normalizers, token_losses
+from anyquant.validation.results import Estimate
+from anyquant.validation.settings import RELIABLE_WINDOW
+
+if TYPE_CHECKING:
+    from anyquant.validation.runners.torch import TorchRunner
+
+Floats = NDArray[np.float64]
+Values = Iterator[tuple[str, NDArray[np.float32]]]
+"""(name, FP32 values) of all tensors of a model, in any order."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What is measured on.
+
+    Attributes:
+        path: UTF-8 file.
+        windows: at most this many, drawn with ``seed`` where the text has more.
+        window: tokens in each, cut to the model's context.
+        seed: for the choice of windows and the bootstrap.
+        resamples: of the bootstrap.
+    """
+
+    path: Path
+    windows: int = 16
+    window: int = 512
+    seed: int = 0
+    resamples: int = 1000
+
+    def check(self) -> None:
+        """Refuse settings out of range, before anything is loaded.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        for name, least in (("windows", 1), ("window", 2), ("resamples", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+class Meter:
+    """A text, and what the unquantized model says to it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: TextSettings,
+        *,
+        trust_remote_code: bool = False,
+        progress: ir.Progress | None = None,
+        note: Callable[[str], None],
+    ) -> None:
+        """Cut the text; no weight is read.
+
+        Args:
+            checkpoint: the source.
+            text: what to measure on.
+            trust_remote_code: let transformers run the model's own code.
+            progress: called after each window of a model.
+            note: told what a reader of the numbers should know.
+
+        Raises:
+            UsageError: a setting is out of range.
+            InputError: the text cannot be used, is too short, or the model has no tokenizer.
+        """
+        text.check()
+        self._checkpoint, self._text, self._progress, self._note = checkpoint, text, progress, note
+        self._trust = trust_remote_code
+        self._windows = _cut(checkpoint, text, trust_remote_code)
+        count, length = self._windows.ids.shape
+        if length < RELIABLE_WINDOW:
+            note(
+                f"Windows have {length} tokens: neighbours depend on each other, and errors from windows of fewer than "
+                f"{RELIABLE_WINDOW} tokens are too small."
+            )
+        if count == 1:
+            note("There is a single window, so that no error can be given. Use a longer text.")
+        elif count < 8:
+            note(f"Errors from {count} windows are rough. Use more windows, or a longer text.")
+        self._boot = Bootstrap(count, text.resamples, text.seed)
+        self._normalizers: list[Floats] = []
+        self._losses: list[Floats] = []
+
+    def data(self) -> dict[str, Any]:
+        """The text as JSON."""
+        return {
+            "text": self._text.path.name,
+            "tokens": self._windows.tokens,
+            "windows": len(self._windows.ids),
+            "windows_available": self._windows.available,
+            "window": int(self._windows.ids.shape[1]),
+            "leading_token": self._windows.leading,
+            "seed": self._text.seed,
+            "resamples": self._text.resamples,
+        }
+
+    def run_source(self) -> Estimate:
+        """Run the unquantized model, keep its logits, and return its perplexity.
+
+        Raises:
+            MachineError: the disk has no room for the logits.
+        """
+        names = self._checkpoint.tensors
+        values = ((name, self._checkpoint.read(name)) for name in names)
+        for number, logits in enumerate(self._logits(values, "source")):
+            if number == 0:
+                self._source = self._scratch((len(self._windows.ids), *logits.shape))
+            self._source[number] = logits
+            self._normalizers.append(log_normalizers(logits))
+            self._losses.append(token_losses(logits, self._windows.ids[number], self._normalizers[-1]))
+        return self._boot.mean(self._losses, np.exp)
+
+    def measure(self, values: Values, name: str) -> dict[str, Any]:
+        """Run another model of the same architecture, after the source; what it lost, as fields of a ``Point``.
+
+        Raises:
+            InputError: it has another vocabulary.
+        """
+        kl, agrees, losses = [], [], []
+        for number, logits in enumerate(self._logits(values, name)):
+            reference = self._source[number]
+            if reference.shape != logits.shape:
+                raise InputError(f"{name} has a vocabulary of {logits.shape[1]:,}, the source {reference.shape[1]:,}")
+            normalizers = log_normalizers(logits)
+            compared = compare_logits(
+                reference,
+                logits,
+                reference_normalizers=self._normalizers[number],
+                candidate_normalizers=normalizers,
+            )
+            kl.append(compared.kl)
+            agrees.append(~compared.differs)
+            losses.append(token_losses(logits, self._windows.ids[number], normalizers))
+        return {
+            "kl": self._boot.mean(kl),
+            "perplexity": self._boot.mean(losses, np.exp),
+            "perplexity_change": self._boot.difference(losses, self._losses, np.exp),
+            "top1": self._boot.mean(agrees),
+            "kl_per_window": tuple(float(window.mean()) for window in kl),
+        }
+
+    def _logits(self, values: Values, name: str) -> Iterator[NDArray[np.float32]]:
+        """Yield float32 [n, vocabulary] of every window; the model is in memory until the last."""
+        with _runner(self._checkpoint, values, name, self._trust) as runner:
+            for number, ids in enumerate(self._windows.ids):
+                yield runner.logits(ids)
+                if self._progress:
+                    self._progress(f"running {name}", number + 1, len(self._windows.ids))
+
+    def _scratch(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A float32 array in a file that is gone with the process, however that ends."""
+        nbytes = 4 * int(np.prod(shape, dtype=np.int64))
+        folder = tempfile.gettempdir()
+        self._note(f"The source's logits take {nbytes:,} bytes in {folder} while the models run.")
+        try:
+            with tempfile.TemporaryFile(prefix="anyquant-", dir=folder) as file:
+                # Not a sparse file: a mapped page that finds no room later would kill the process.
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+                return np.memmap(file, np.float32, "r+", shape=shape)
+        except OSError as error:
+            raise MachineError(
+                f"no room in {folder} for {nbytes:,} bytes of the source's logits: {error.strerror or error}. "
+                "Choose fewer --windows, or another folder with TMPDIR=..."
+            ) from error
+
+
+def _cut(checkpoint: Checkpoint, text: TextSettings, trust_remote_code: bool) -> texts.Windows:
+    """The windows of a text, as ``anyquant validate`` cuts them."""
+    content = texts.read_text(text.path)
+    with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
+        checkpoint.write_side_files(Path(folder))
+        tokenizer = texts.load_tokenizer(Path(folder), trust_remote_code)
+    length = min(text.window, texts.context_length(checkpoint.config) or text.window)
+    ids, leading = texts.token_ids(tokenizer, content), texts.leading_token(tokenizer)
+    return texts.cut_windows(ids, length, text.windows, seed=text.seed, leading=leading, name=str(text.path))
+
+
+@contextmanager
+def _runner(checkpoint: Checkpoint, values: Values, name: str, trust_remote_code: bool) -> Iterator[TorchRunner]:
+    """The checkpoint's architecture with other values, in PyTorch and FP32."""
+    from anyquant.runtime.model import as_stored, model_from_state
+    from anyquant.validation.runners.torch import TorchRunner, quiet
+
+    quiet()
+    waiting: dict[str, NDArray[np.float32]] = {}
+
+    def read(wanted: str) -> NDArray[np.float32]:
+        while wanted not in waiting:
+            found, array = next(values)
+            waiting[found] = array
+        return waiting.pop(wanted)
+
+    tensors = as_stored(checkpoint.tensors, read, checkpoint.transposed)
+    code = _code_folder(checkpoint) if trust_remote_code else None
+    model = model_from_state(checkpoint.config, tensors, checkpoint.aliases, checkpoint.name, code_folder=code)
+    runner = TorchRunner(name, model)
+    try:
+        yield runner
+    finally:
+        runner.close()
+
+
+def _code_folder(checkpoint: Checkpoint) -> Path | None:
+    """Where a model's own code lies, if it has any for this task."""
+    if "AutoModelForCausalLM" not in checkpoint.config.get("auto_map", {}):
+        return None
+    return next((path.parent for path in checkpoint.side_files().values() if path.suffix == ".py"), None)

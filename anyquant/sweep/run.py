@@ -1,0 +1,148 @@
+"""One sweep from beginning to end."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from anyquant import ir
+from anyquant.checkpoint import Checkpoint
+from anyquant.errors import InfeasibleTarget, UsageError
+from anyquant.forms import Forms
+from anyquant.measuring import calibration_record, measure, statistics_of
+from anyquant.pipeline import dequantized
+from anyquant.planning import Job, Plan, forms_of, plan, predicted_loss
+from anyquant.sweep.measure import Meter, TextSettings
+from anyquant.sweep.results import Point, Sweep
+from anyquant.validation.environment import environment
+from anyquant.validation.runners.protocol import RunnerSpec
+from anyquant.workfolder import WorkFolder, work_folder
+
+
+def sweep(
+    checkpoint: Checkpoint,
+    jobs: Sequence[Job],
+    work: WorkFolder | None = None,
+    text: TextSettings | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: ir.Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Work out several jobs on one model, and measure what each loses.
+
+    Statistics and tables of errors are taken once. One quantized model is in memory at a time; nothing of it is
+    written.
+
+    Args:
+        checkpoint: the source.
+        jobs: they differ in target and allocation alone.
+        work: keeps what is measured; a temporary folder, unless given.
+        text: what to measure on; without it there are bits, bytes and predicted losses.
+        trust_remote_code: let transformers run the model's own code.
+        progress: called with (what is being done, steps done, steps in all).
+        note: told each note as soon as it is known.
+
+    Returns:
+        A point for each job, in order; one whose target cannot be met has a problem and nothing else.
+
+    Raises:
+        UsageError: the jobs have not one set of statistics, or their options are wrong.
+        InfeasibleTarget: no target can be met.
+        InputError: the text or the model cannot be used.
+        MachineError: the disk has no room for the source's logits.
+    """
+    started = time.monotonic()
+    if not jobs or any(job.identity(checkpoint) != jobs[0].identity(checkpoint) for job in jobs[1:]):
+        raise UsageError("the jobs of a sweep differ in target and allocation alone, and there is at least one.")
+    notes: list[str] = []
+
+    def say(text: str) -> None:
+        notes.append(text)
+        if note:
+            note(text)
+
+    if text and _same_file(jobs[0], text):
+        say("Losses are measured on the text of the calibration: on other texts they are larger.")
+    meter = text and Meter(checkpoint, text, trust_remote_code=trust_remote_code, progress=progress, note=say)
+    with _kept(checkpoint, jobs[0], work) as folder:
+        planned = [_plan(checkpoint, job, folder, progress) for job in jobs]
+        infeasible = [found for found in planned if isinstance(found, InfeasibleTarget)]
+        if len(infeasible) == len(jobs):
+            raise infeasible[0]
+        forms = forms_of(checkpoint, jobs[0])
+        tables = measure(checkpoint, jobs[0], forms, folder, progress)
+        points = [_point(job, found, forms, tables) for job, found in zip(jobs, planned, strict=True)]
+        with statistics_of(checkpoint, jobs[0], forms.names, folder, progress) as statistics:
+            perplexity = meter.run_source() if meter else None
+            for number, found in enumerate(planned):
+                if meter and isinstance(found, Plan):
+                    began = time.monotonic()
+                    lost = meter.measure(dequantized(found, statistics), f"{points[number].bits:.3f} bits")
+                    points[number] = replace(points[number], seconds=time.monotonic() - began, **lost)
+    return Sweep(
+        model={
+            "name": checkpoint.name,
+            "kind": checkpoint.kind,
+            "fingerprint": checkpoint.fingerprint(),
+            "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+            "perplexity": perplexity,
+        },
+        method=jobs[0].method,
+        settings={**forms.settings, "quantize_embeddings": jobs[0].quantize_embeddings},
+        loss_unit="nats" if jobs[0].has_gradients else "relative",
+        calibration=calibration_record(jobs[0].calibration, statistics) if statistics else None,
+        data=meter.data() if meter else None,
+        environment=environment(RunnerSpec("", "checkpoint", "", 0).thread_count),
+        points=tuple(points),
+        notes=tuple(notes),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _same_file(job: Job, text: TextSettings) -> bool:
+    calibration = job.calibration
+    return (
+        job.needs_statistics
+        and calibration.kind == "text"
+        and text.path.resolve() == Path(calibration.source).resolve()
+    )
+
+
+@contextmanager
+def _kept(checkpoint: Checkpoint, job: Job, work: WorkFolder | None) -> Iterator[WorkFolder]:
+    """The work folder, or a temporary one."""
+    if work is not None:
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="anyquant-") as parent:
+        folder = Path(parent) / "work"
+        with work_folder(folder, job.identity(checkpoint), resume=False, keep=True) as made:
+            yield made
+
+
+def _plan(checkpoint: Checkpoint, job: Job, work: WorkFolder, progress: ir.Progress | None) -> Plan | InfeasibleTarget:
+    try:
+        return plan(checkpoint, job, work, progress)
+    except InfeasibleTarget as error:
+        return error
+
+
+def _point(job: Job, found: Plan | InfeasibleTarget, forms: Forms, tables: list[np.ndarray]) -> Point:
+    """All that is known without running anything."""
+    target = job.recorded_target()
+    if isinstance(found, InfeasibleTarget):
+        return Point(target, problem=str(found))
+    return Point(
+        target,
+        bits=found.model.quantized_bits,
+        bits_per_weight=found.model.bits_per_weight,
+        nbytes=sum(found.files.values()),
+        loss=predicted_loss(job, forms, tables, list(found.levels.values())),
+    )
