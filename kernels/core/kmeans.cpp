@@ -5,9 +5,9 @@
 // (second moment), taken about the mean. Values i..j-1 as one cluster gain (S[j] - S[i])^2 / (W[j] - W[i]); the error
 // of a clustering is Q[u] minus the sum of its gains. That gain makes least errors convex in k, so a clustering that
 // is best when every cluster costs lambda is best for its own number of clusters, and k is reached by a search over
-// lambda (Gronlund et al., arXiv 1701.07204, section 4). Where the least errors lie on a line around k no lambda
+// lambda (Gronlund et al., arXiv 1701.07204). Where the least errors lie on a line around k no lambda
 // singles k out; then a path of fewer and one of more clusters, both best, are crossed to k (Aggarwal, Schieber and
-// Tokuyama, "Finding a minimum-weight k-link path in graphs with the concave Monge property", 1994).
+// Tokuyama, "Finding a minimum-weight k-link path in graphs with the concave Monge property and applications", 1994).
 //
 // For one lambda, g[j] = max over i < j of g[i] + gain(i, j) - lambda, and from[j] is the lowest i that reaches it.
 // Two facts keep that near linear. from[] never falls, in j and in 1 / lambda. And with e[j] = Q[j] - g[j], which
