@@ -18,6 +18,9 @@ from anyquant.errors import UnknownArchitecture
 BlockCall = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """(number of the block, its own forward, args, kwargs) -> what the block returns."""
 
+_READ = 1 << 24
+"""Values read at a time."""
+
 Slot = tuple[nn.Module, str]
 Parts = list[tuple[Piece, torch.Tensor]]
 """Loaded tensors of a checkpoint, each with the view of the parameter that it fills."""
@@ -113,14 +116,23 @@ class StreamedModel:
         parameters = {p.target: torch.empty_like(self._empty[p.target], device="cpu") for p in wanted}
         loaded = []
         for piece in wanted:
-            values = torch.from_numpy(self._checkpoint.read(piece.name))
             part = piece.part(parameters[piece.target])
-            part.copy_(values.T if piece.transposed else values)
+            self._read(piece.name, part.T if piece.transposed else part)
             loaded.append((piece, part))
         for target, tensor in parameters.items():
             is_parameter = isinstance(self._empty[target], nn.Parameter)
             self._put(target, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         return loaded
+
+    def _read(self, name: str, target: torch.Tensor) -> None:
+        """Fill a tensor, rows by rows: no embedding is in memory twice."""
+        if target.ndim < 2:
+            target.copy_(torch.from_numpy(self._checkpoint.read(name)))
+            return
+        step = max(1, _READ // target[0].numel())
+        for start in range(0, len(target), step):
+            rows = slice(start, start + step)
+            target[rows].copy_(torch.from_numpy(self._checkpoint.read(name, rows)))
 
     def free(self, section: int) -> None:
         """Take the weights of a section out again."""
