@@ -28,12 +28,15 @@ class ExportOptions:
         allow_rounding: round values that do not fit the layout; recorded in the file.
         accuracy_level: ONNX: of MatMulNBits; 0 keeps activations in FP32, 4 rounds them to 8 bits.
         flavor: ONNX: "genai" (with what onnxruntime-genai needs) or "plain".
+        fallback: ONNX: what codebook matrices are where no kernel for them is registered: "fold" (FP32 once loaded) or
+            "stream" (packed, decoded in every run).
     """
 
     layout: str = "native"
     allow_rounding: bool = False
     accuracy_level: int = 0
     flavor: str = "genai"
+    fallback: str = "fold"
 
 
 @dataclass(frozen=True)

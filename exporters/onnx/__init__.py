@@ -18,6 +18,7 @@ from anyquant.errors import UsageError
 from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan
 
 FLAVORS = ("genai", "plain")
+FALLBACKS = ("fold", "stream")
 ACCURACY_LEVELS = range(5)
 
 
@@ -25,7 +26,7 @@ class ONNXExporter:
     """Writes ONNX folders; see ``anyquant.exporters.protocol.Exporter``."""
 
     name = "onnx"
-    summary = "MatMulNBits graphs for stock ONNX Runtime and onnxruntime-genai"
+    summary = "MatMulNBits and CodebookMatMul graphs for stock ONNX Runtime and onnxruntime-genai"
 
     def check(self, model: ir.Model, options: ExportOptions) -> ExportPlan:
         """Say what would be written, in exactly how many bytes, or what does not fit and why.
@@ -34,7 +35,7 @@ class ONNXExporter:
         first check of a model, nothing for the next.
 
         Raises:
-            UsageError: unknown layout, flavor or accuracy level.
+            UsageError: unknown layout, flavor, fallback or accuracy level.
             UnknownArchitecture: the builder does not know the family.
             CorruptFileError: config.json contradicts itself.
             MissingDependency: onnx, onnx-ir or onnxruntime-genai is not installed.
@@ -112,5 +113,7 @@ def _check_options(options: ExportOptions) -> None:
         raise UsageError(f"unknown layout {options.layout!r}; known: {', '.join(LAYOUTS)}")
     if options.flavor not in FLAVORS:
         raise UsageError(f"the ONNX exporter cannot write flavor {options.flavor!r}; it knows: {', '.join(FLAVORS)}")
+    if options.fallback not in FALLBACKS:
+        raise UsageError(f"unknown fallback {options.fallback!r}; known: {', '.join(FALLBACKS)}")
     if options.accuracy_level not in ACCURACY_LEVELS:
         raise UsageError(f"accuracy level {options.accuracy_level!r} is not in 0..4")

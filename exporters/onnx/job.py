@@ -17,8 +17,10 @@ import anyquant
 from anyquant import ir
 from anyquant.exporters.onnx import layout
 from anyquant.exporters.onnx.binding import Binding, Part, bind, left_out
+from anyquant.exporters.onnx.editing import DATA_FILE, Item, place, serialize, tensor_shape
 from anyquant.exporters.onnx.graph_source import GraphSource, checkpoint_bytes, head_size, temporary_disk
-from anyquant.exporters.onnx.rewrite import DATA_FILE, Item, Rewriter, place, serialize, tensor_shape, uses_of
+from anyquant.exporters.onnx.matmul_nbits import Form
+from anyquant.exporters.onnx.rewrite import Rewriter, uses_of
 from anyquant.exporters.protocol import ExportOptions, ExportPlan, Refusal
 
 MODEL_FILE = "model.onnx"
@@ -37,7 +39,7 @@ class Job:
         items: the initializers in the order of the data file.
         offsets: where each lies.
         bindings: what must be proven by value.
-        integers: initializers that are stored as integers, which are proven while they are written.
+        integers: parts that are stored as integers, which are proven while they are written.
         source_places: initializer of the float graph -> (offset, bytes) in its data file.
         plan: the plan.
     """
@@ -46,7 +48,7 @@ class Job:
     items: list[Item]
     offsets: list[int]
     bindings: dict[str, Binding]
-    integers: dict[str, Binding]
+    integers: frozenset[Part]
     source_places: dict[str, Place]
     plan: ExportPlan
 
@@ -59,7 +61,7 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
     _settle_cache_shapes(graph, head_size(model))
     bindings, unbound = _bindings(model, graph, source)
     stored: dict[str, layout.Stored] = {}
-    rewriter = Rewriter(graph, options.accuracy_level)
+    rewriter = Rewriter(graph, options)
     held: list[tuple[tuple[Part, ...], str, bool]] = []
     for name, binding in bindings.items():
         value = graph.graph.initializers[name]
@@ -78,13 +80,14 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
             held.append((binding.parts, name, binding.transposed))
         else:
             rewriter.replace(stored[name], uses)
-    held += [(group.parts, value, transposed) for group, value, transposed in rewriter.held]
+    held += rewriter.held
     items = rewriter.items()
     offsets, data_bytes = place(items)
     graph.producer_name, graph.producer_version = "anyquant", anyquant.__version__
     tensor_map = _map(model, held)
     zeros = _zeros(model, bindings, unbound)
-    written = serialize(graph, items, _metadata(model, options, tensor_map, zeros))
+    functions = rewriter.functions()
+    written = serialize(graph, items, _metadata(model, options, tensor_map, zeros), functions)
     plan = ExportPlan(
         layout=options.layout,
         files={MODEL_FILE: len(written), DATA_FILE: data_bytes},
@@ -94,7 +97,8 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
         temporary_disk=temporary_disk(model),
         peak_memory=2 * checkpoint_bytes(model) + _BUILDER_MEMORY,
     )
-    integers = {name: b for name, b in bindings.items() if name in stored and any(g.form for g in stored[name].groups)}
+    groups = [group for matrix in stored.values() for group in matrix.groups]
+    integers = frozenset(part for group in groups if isinstance(group.form, Form) for part in group.parts)
     return Job(written, items, offsets, bindings, integers, places, plan)
 
 

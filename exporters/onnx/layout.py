@@ -9,10 +9,12 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.exporters.onnx.binding import Binding, Part
+from anyquant.exporters.onnx.codebook import CodebookForm
 from anyquant.exporters.onnx.matmul_nbits import Form, form_of
 from anyquant.exporters.protocol import ExportOptions, Refusal
 
 _DENSE = {"F16": "FLOAT16", "BF16": "BFLOAT16"}
+_FOLDING = 28  # bytes per weight that ONNX Runtime holds while it folds, at widths up to 8; measured
 LABELS = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
 
 
@@ -23,13 +25,13 @@ class Group:
     Attributes:
         name: stem of the names of what is stored.
         parts: rows of IR tensors, in order.
-        form: the integer form, or None for floats.
+        form: how integers or codebooks are stored, or None for floats; a group of the latter has one part.
         dtype: ONNX float type if ``form`` is None.
     """
 
     name: str
     parts: tuple[Part, ...]
-    form: Form | None
+    form: Form | CodebookForm | None
     dtype: str = "FLOAT"
 
     @property
@@ -64,21 +66,31 @@ def arrange(model: ir.Model, binding: Binding, options: ExportOptions, *, mixed:
         model: the IR.
         binding: what the initializer holds; two-dimensional.
         options: layout.
-        mixed: whether the graph allows parts to be stored differently.
+        mixed: whether the graph allows parts to be stored differently; it looks rows up otherwise.
     """
     columns = model.entries[binding.parts[0].tensor].spec.shape[1]
     groups: list[Group] = []
     for part in binding.parts:
         form, dtype = _kind(model.entries[part.tensor], options)
-        if groups and (groups[-1].form, groups[-1].dtype) == (form, dtype):
+        if isinstance(form, CodebookForm):
+            # Named after the tensor, which is stored once, whatever parts of it the graph reads where.
+            groups.append(Group(part.tensor, (part,), form))
+        elif groups and (groups[-1].form, groups[-1].dtype) == (form, dtype):
             groups[-1] = replace(groups[-1], parts=(*groups[-1].parts, part))
         else:
             groups.append(Group(f"{binding.initializer}.{len(groups)}", (part,), form, dtype))
-    if len(groups) == 1:
+    if len(groups) == 1 and not isinstance(groups[0].form, CodebookForm):
         groups = [replace(groups[0], name=binding.initializer)]
-    elif not mixed:
+    if not mixed and (len(groups) > 1 or not _has_rows(groups[0])):
         groups = [Group(binding.initializer, binding.parts, None)]
     return Stored(binding, columns, tuple(groups))
+
+
+def _has_rows(group: Group) -> bool:
+    """Whether the rows of a group can be looked up: with a codebook per column they would have to be cut from all."""
+    if not isinstance(group.form, CodebookForm):
+        return True
+    return group.form.spec.axis == 0 and group.rows == group.form.spec.shape[0]
 
 
 def plain(model: ir.Model, binding: Binding) -> Stored:
@@ -87,7 +99,7 @@ def plain(model: ir.Model, binding: Binding) -> Stored:
     return Stored(binding, columns, (Group(binding.initializer, binding.parts, None),))
 
 
-def _kind(entry: ir.Entry, options: ExportOptions) -> tuple[Form | None, str]:
+def _kind(entry: ir.Entry, options: ExportOptions) -> tuple[Form | CodebookForm | None, str]:
     spec = entry.spec
     if options.layout == "f32":
         return None, "FLOAT"
@@ -95,6 +107,8 @@ def _kind(entry: ir.Entry, options: ExportOptions) -> tuple[Form | None, str]:
         return None, "FLOAT16"
     if isinstance(spec, ir.DenseSpec):
         return None, _DENSE.get(spec.dtype, "FLOAT")
+    if isinstance(spec, ir.CodebookSpec):
+        return CodebookForm(spec), "FLOAT"
     return form_of(spec), "FLOAT"
 
 
@@ -130,24 +144,45 @@ def notes_on(model: ir.Model, stored: Mapping[str, Stored], options: ExportOptio
     if options.layout == "native":
         kinds = {_family(model.entries[n].spec) for n, g in tensors.items() if g.form is None} - {"dense"}
         if kinds:
-            notes.append(f"Matrices of these kinds have no exact integer form and are stored as FP32: {_and(kinds)}.")
+            notes.append(f"Matrices of these kinds have no exact form here and are stored as FP32: {_and(kinds)}.")
     if options.layout == "f16" and not model.has_values:
         notes.append("That every value is exact in FP16 is assumed until there are values to look at.")
-    if any(g.form and g.form.bits == 8 for g in tensors.values()):
+    forms = [group.form for group in tensors.values()]
+    if any(isinstance(form, Form) and form.bits == 8 for form in forms):
         notes.append(
             "Matrices of more than 4 bits are stored as two exact 4-bit planes, whose products ONNX Runtime adds."
         )
-    if options.accuracy_level > 0 and any(g.form for g in tensors.values()):
+    if options.accuracy_level > 0 and any(isinstance(form, Form) for form in forms):
         notes.append(
             f"accuracy_level {options.accuracy_level} lets ONNX Runtime round activations (4: to 8 bits, an error of "
             "about 0.5 %); the weights stay exact."
         )
+    specs = [form.spec for form in forms if isinstance(form, CodebookForm)]
+    if specs:
+        notes.append(_on_codebooks(specs, options.fallback))
     return notes
+
+
+def _on_codebooks(specs: list[ir.CodebookSpec], fallback: str) -> str:
+    """What the chosen body of CodebookMatMul costs where no kernel is registered."""
+    weights = sum(spec.numel for spec in specs)
+    if fallback == "stream":
+        return (
+            f"The {len(specs)} codebook matrices stay packed in memory and are decoded in every run: a token takes "
+            "tens of times as long as in FP32."
+        )
+    moment = _FOLDING + 4 * any(spec.input_scale for spec in specs) + 4 * any(spec.outliers for spec in specs)
+    return (
+        f"ONNX Runtime decodes the {len(specs)} codebook matrices when it loads the model: they then take "
+        f"{4 * weights:,} bytes, and for a moment up to {moment * weights:,}. --fallback stream keeps them packed."
+    )
 
 
 def _family(spec: ir.Spec) -> str:
     if isinstance(spec, ir.GGMLSpec):
         return spec.type
+    if isinstance(spec, ir.CodebookSpec):
+        return f"codebook per {'column' if spec.axis else 'row'}"
     return spec.format if isinstance(spec, ir.BlockSpec) else spec.kind
 
 

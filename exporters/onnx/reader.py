@@ -1,8 +1,8 @@
 """Reading IR tensors back out of an ONNX folder: by what the graph computes, not by what the writer meant.
 
-Written against the ONNX format and the definitions of MatMulNBits and GatherBlockQuantized in ONNX Runtime; it
-shares no code with the writer. Operators on constants are evaluated with NumPy; a product with the activations
-stands for its matrix [out, in], a sum of two such products for the sum of their matrices.
+Written against the ONNX format, the definitions of MatMulNBits and GatherBlockQuantized in ONNX Runtime and those in
+docs/onnx-operators.md; it shares no code with the writer. Operators on constants are evaluated with NumPy; a product
+with the activations stands for its matrix [out, in], a sum of two such products for the sum of their matrices.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from anyquant.errors import AnyquantError, CorruptFileError, InputError, MissingDependency
+from anyquant.exporters.onnx.codebook_reader import Stored, weights
 
-_TYPES = {1: "<f4", 2: "u1", 6: "<i4", 7: "<i8", 10: "<f2", 16: "<u2"}  # TensorProto.DataType; 16 is bfloat16
+# TensorProto.DataType; 16 is bfloat16.
+_TYPES = {1: "<f4", 2: "u1", 4: "<u2", 6: "<i4", 7: "<i8", 10: "<f2", 12: "<u4", 16: "<u2"}
 _MAX_PROTO = 1 << 30
 _MAX_DEPTH = 16
 _MAX_ZEROS = 1 << 34
@@ -92,7 +94,7 @@ class _Graph:
         fields = {entry.key: entry.value for entry in tensor.external_data}
         dtype = np.dtype(_TYPES[tensor.data_type])
         shape = tuple(int(n) for n in tensor.dims)
-        if tensor.raw_data:
+        if tensor.raw_data or 0 in shape:
             return np.frombuffer(tensor.raw_data, dtype).reshape(shape)
         nbytes = dtype.itemsize * math.prod(shape)
         offset, length = int(fields.get("offset", "0")), int(fields.get("length", "-1"))
@@ -194,6 +196,19 @@ def _blocks(
     return values.reshape(rows, -1)
 
 
+def _codebook_matmul(get: Get, _: list[str], attributes: dict[str, Any]) -> np.ndarray:
+    by_output = attributes["transB"].i
+    if by_output not in (0, 1):
+        raise CorruptFileError(f"transB is {by_output}")
+    outputs, inputs = attributes["N"].i, attributes["K"].i
+    return weights(Stored(*(get(i) for i in range(1, 8))), outputs, inputs, by_output=bool(by_output))
+
+
+def _codebook_gather(get: Get, _: list[str], attributes: dict[str, Any]) -> np.ndarray:
+    stored = Stored(*(get(i) for i in range(1, 8)))
+    return weights(stored, len(stored.bits), attributes["K"].i, by_output=True)
+
+
 def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return data
@@ -203,6 +218,8 @@ def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
 _OPERATORS: dict[str, Callable[[Get, list[str], dict[str, Any]], np.ndarray]] = {
     "Add": _add,
     "Cast": _cast,
+    "CodebookGather": _codebook_gather,
+    "CodebookMatMul": _codebook_matmul,
     "ConstantOfShape": _constant_of_shape,
     "Gather": _gather,
     "GatherBlockQuantized": _gather_blocks,

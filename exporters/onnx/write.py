@@ -13,11 +13,13 @@ import numpy as np
 from anyquant import ir
 from anyquant.errors import AnyquantError, ExportRefused, MachineError
 from anyquant.exporters.onnx.binding import Part
+from anyquant.exporters.onnx.codebook import CodebookForm, stored_arrays
+from anyquant.exporters.onnx.editing import DATA_FILE, Item
 from anyquant.exporters.onnx.graph_source import GraphSource
 from anyquant.exporters.onnx.job import MODEL_FILE, Job
 from anyquant.exporters.onnx.layout import Group
 from anyquant.exporters.onnx.matmul_nbits import integer_matrix
-from anyquant.exporters.onnx.rewrite import DATA_FILE, TRANSPOSED, Item
+from anyquant.exporters.onnx.rewrite import TRANSPOSED
 
 
 @contextmanager
@@ -85,15 +87,15 @@ class FloatGraph:
 
 
 def prove_floats(model: ir.Model, job: Job, graph: FloatGraph) -> None:
-    """Prove every bound initializer but those that are stored as integers.
+    """Prove all that is bound but the parts that are stored as integers.
 
     Raises:
         ExportRefused: the graph holds other values than the IR.
     """
-    for name, binding in job.bindings.items():
-        if name in job.integers:
-            continue
+    for binding in job.bindings.values():
         for part in binding.parts:
+            if part in job.integers:
+                continue
             tensor = model.tensor(part.tensor)
             for rows in part_chunks(part, tensor.spec.shape):
                 values = ir.dequantize(tensor, rows if tensor.spec.shape else None)
@@ -116,8 +118,13 @@ class _Groups:
 
     def array(self, group: Group, suffix: str) -> np.ndarray:
         if self._name != group.name:
-            self._name, self._arrays = group.name, self._integers(group) if group.form else {}
+            self._name, self._arrays = group.name, self._load(group)
         return self._arrays[suffix] if group.form else self._floats(group, suffix)
+
+    def _load(self, group: Group) -> dict[str, np.ndarray]:
+        if isinstance(group.form, CodebookForm):
+            return stored_arrays(self._model.tensor(group.parts[0].tensor))
+        return self._integers(group) if group.form else {}
 
     def _integers(self, group: Group) -> dict[str, np.ndarray]:
         """What is stored, after the proof that it stands for the values of the float graph."""

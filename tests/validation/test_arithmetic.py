@@ -1,12 +1,17 @@
-"""What a header says of llama.cpp's arithmetic."""
+"""What a header says of llama.cpp's arithmetic, and a graph of ONNX Runtime's."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
 import pytest
+from onnx import helper
 
 from anyquant.exporters.gguf.container import bool_value, string_value
+from anyquant.exporters.onnx.functions import Steps, matmul_function
 from anyquant.gguf_container import Header, TensorInfo
-from anyquant.validation.arithmetic import gguf_arithmetic
+from anyquant.validation.arithmetic import gguf_arithmetic, onnx_arithmetic
 
 
 def header(metadata: dict[str, str | bool] | None = None, **types: int) -> Header:
@@ -44,3 +49,33 @@ def test_recorded_rounding_relaxes_the_gate_and_is_said() -> None:
     assert (
         gguf_arithmetic(header({"anyquant.layout": "native", "anyquant.allow_rounding": False}, **types)).rounding == ""
     )
+
+
+def graph_file(folder: Path, nodes: list[onnx.NodeProto], functions: list[onnx.FunctionProto], logits: int = 1) -> Path:
+    graph = helper.make_graph(nodes, "g", [], [helper.make_tensor_value_info("logits", logits, ["tokens", 8])])
+    imports = [helper.make_opsetid(domain, version) for domain, version in (("", 22), ("anyquant", 1))]
+    model = helper.make_model(graph, opset_imports=imports, functions=functions)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder
+
+
+@pytest.mark.parametrize("fallback", ["fold", "stream"])
+def test_codebooks_are_an_fp32_path(tmp_path: Path, fallback: str) -> None:
+    node = helper.make_node("CodebookMatMul", ["a"], ["logits"], domain="anyquant", K=8, N=8, transB=1)
+    function = matmul_function(22, fallback, Steps())
+    found = onnx_arithmetic(graph_file(tmp_path, [node, node], [function]))
+    assert (found.kind, found.reason) == ("fp32", "the graph computes in FP32 (2 CodebookMatMul)")
+    assert onnx_arithmetic(graph_file(tmp_path, [node], [function], logits=10)).kind == "rounded"
+
+
+def test_rounding_is_found_in_functions_and_in_nested_graphs(tmp_path: Path) -> None:
+    rounding = helper.make_node("MatMulNBits", ["a"], ["b"], domain="com.microsoft", accuracy_level=4)
+    exact = helper.make_node("MatMulNBits", ["a"], ["b"], domain="com.microsoft", accuracy_level=1)
+    nested = helper.make_node(
+        "Scan", ["a"], ["b"], num_scan_inputs=1, body=helper.make_graph([rounding], "body", [], [])
+    )
+    function = helper.make_function("anyquant", "f", ["a"], ["b"], [nested], [helper.make_opsetid("", 22)])
+    call = helper.make_node("f", ["a"], ["logits"], domain="anyquant")
+    assert onnx_arithmetic(graph_file(tmp_path, [exact, call], [])).kind == "fp32"
+    found = onnx_arithmetic(graph_file(tmp_path, [exact, call], [function]))
+    assert (found.kind, "1 at level 1, 1 at level 4" in found.reason) == ("rounded", True)

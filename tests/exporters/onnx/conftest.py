@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from anyquant import ir
@@ -15,7 +16,7 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.exporters.onnx import ONNXExporter
 from anyquant.exporters.protocol import ExportOptions, ExportPlan
 from anyquant.ir.packing import pack
-from anyquant.methods.block import BlockMethod
+from anyquant.methods.block import WIDTHS, BlockMethod
 
 TOKENS = np.array([[1, 17, 301, 42, 42, 388, 5, 260, 111, 2, 73]], np.int64)
 
@@ -49,28 +50,71 @@ def _ggml(shape: tuple[int, ...], type_name: str, rng: np.random.Generator) -> i
     return ir.Tensor(spec, {".blocks": blocks.reshape(shape[0], -1)})
 
 
-def _codebook(values: np.ndarray, bits: int) -> ir.Tensor:
-    """Quantiles of each row as its codebook."""
-    tables = np.quantile(values, (np.arange(2**bits) + 0.5) / 2**bits, axis=1).T.astype(np.float16)
-    distance = np.abs(values[:, :, None] - tables[:, None, :].astype(np.float32))
-    codes = pack(distance.argmin(axis=2).astype(np.uint8), bits)
-    widths = np.full(len(values), bits, np.uint8)
-    spec = ir.CodebookSpec.from_bits(values.shape, 0, widths)
-    return ir.Tensor(spec, {".bits": widths, ".codes": codes.reshape(-1), ".codebook": tables.reshape(-1)})
+def random_codebook(
+    shape: tuple[int, int], axis: int, bits: np.ndarray, *, scaled: bool = False, outliers: int = 0, seed: int = 0
+) -> ir.Tensor:
+    """Random codes, codebooks, scales and outliers for these widths per channel."""
+    rng = np.random.default_rng(seed)
+    widths, length = np.asarray(bits, np.uint8), shape[1 - axis]
+    spec = ir.CodebookSpec.from_bits(shape, axis, widths, input_scale=scaled, outliers=outliers)
+    codes = [pack(rng.integers(0, 1 << int(b), (1, length)), int(b))[0] for b in widths]
+    tables = [np.sort(rng.normal(size=1 << int(b))).astype(np.float16) for b in widths]
+    arrays = {".bits": widths, ".codes": np.concatenate(codes), ".codebook": np.concatenate(tables)}
+    if scaled:
+        arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
+    places = np.sort(rng.choice(spec.numel, outliers, replace=False))
+    return _with_outliers(spec, arrays, places, rng.normal(size=outliers))
+
+
+def _with_outliers(
+    spec: ir.CodebookSpec, arrays: dict[str, np.ndarray], places: np.ndarray, values: np.ndarray
+) -> ir.Tensor:
+    rows, columns = np.divmod(places, spec.shape[1])
+    if spec.outliers:
+        starts = np.searchsorted(rows, np.arange(spec.shape[0] + 1))
+        arrays[".outlier_indptr"] = starts.astype(np.uint32)
+        arrays[".outlier_index"] = columns.astype(np.uint16 if spec.shape[1] <= 65536 else np.uint32)
+        arrays[".outlier_value"] = values.astype(np.float16)
+    tensor = ir.Tensor(spec, arrays)
+    tensor.check("random")
+    return tensor
+
+
+def _codebook(values: np.ndarray, how: str) -> ir.Tensor:
+    """Quantiles of each channel as its codebook; how = WIDTH or "mixed", then "/columns", "+scale", "+outliers"."""
+    rng = np.random.default_rng(len(values))
+    width, axis = how.split("+")[0].split("/")[0], int("/columns" in how)
+    scale = rng.uniform(0.5, 2, values.shape[1]).astype(np.float16) if "+scale" in how else None
+    channels = np.moveaxis(values if scale is None else values / scale, axis, 0)
+    choice = [0, 2, 3, 4, 8] if width == "mixed" else [int(width)]
+    bits = rng.choice(choice, len(channels)).astype(np.uint8)
+    tables, codes = [], []
+    for channel, b in zip(channels, bits.tolist(), strict=True):
+        tables.append(np.quantile(channel, (np.arange(2**b) + 0.5) / 2**b).astype(np.float16))
+        distance = np.abs(channel[:, None] - tables[-1].astype(np.float32))
+        codes.append(pack(distance.argmin(axis=1)[None], b)[0])
+    outliers = values.size // 50 if "+outliers" in how else 0
+    spec = ir.CodebookSpec.from_bits(values.shape, axis, bits, input_scale=scale is not None, outliers=outliers)
+    arrays = {".bits": bits, ".codes": np.concatenate(codes), ".codebook": np.concatenate(tables)}
+    if scale is not None:
+        arrays[".input_scale"] = scale
+    flat = values.reshape(-1)
+    places = np.sort(np.argsort(-np.abs(flat))[:outliers])
+    return _with_outliers(spec, arrays, places, flat[places])
 
 
 def quantize(values: np.ndarray, how: str) -> ir.Tensor:
-    """A tensor as ``how`` says: "bfp5/16", "affine4/32", "Q8_0", "codebook3"."""
+    """A tensor as ``how`` says: "bfp5/16", "affine4/32", "Q8_0", "codebook3", "codebook-mixed/columns+scale"."""
     if how.startswith("bfp"):
         width, block = how[3:].split("/")
         method = BlockMethod()
-        spec = ir.BlockSpec(values.shape, "bfp", int(width), int(block))
-        return method.quantize(values, spec, method.settings({"block": int(block)}))
+        level = np.array([WIDTHS.index(int(width))], np.uint8)
+        return method.quantize(values, level, None, method.settings({"block": int(block)}))
     if how.startswith("affine"):
         bits, block = how[6:].split("/")
         return _affine(values, int(bits), int(block))
     if how.startswith("codebook"):
-        return _codebook(values, int(how[8:]))
+        return _codebook(values, how[8:].lstrip("-"))
     return _ggml(values.shape, how, np.random.default_rng(len(values)))
 
 
@@ -91,7 +135,7 @@ def make_ir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Choose]
         origin = {"kind": "huggingface", "name": "tests/tiny", "fingerprint": "f" * 64}
         plan = ir.Model(None, checkpoint.config, "block", {}, origin, entries, checkpoint.aliases)
         folder = tmp_path_factory.mktemp("onnx-ir") / "ir"
-        return ir.write_ir(folder, plan, lambda n: (tensors[n], 0.0), checkpoint.write_side_files)
+        return ir.write_ir(folder, plan, lambda n: (tensors[n], ir.Loss(0.0)), checkpoint.write_side_files)
 
     return make
 
@@ -152,27 +196,66 @@ def _torch_logits(checkpoint: Path, model: ir.Model) -> np.ndarray:
     return logits
 
 
+def _feeds(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """TOKENS and an empty cache, for the inputs that a graph has."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    feeds: dict[str, np.ndarray] = {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS)}
+    for value in onnx.load(folder / "model.onnx", load_external_data=False).graph.input:
+        if value.name == "position_ids":
+            feeds[value.name] = np.arange(TOKENS.shape[1])[None]
+        elif value.name not in feeds:
+            heads = value.type.tensor_type.shape.dim[1].dim_value
+            feeds[value.name] = np.zeros((1, heads, 0, head), np.float32)
+    return feeds
+
+
 def _ort_logits(folder: Path, config: dict[str, Any]) -> np.ndarray:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    feeds: dict[str, np.ndarray] = {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS)}
-    for value in session.get_inputs():
-        if value.name == "position_ids":
-            feeds[value.name] = np.arange(TOKENS.shape[1])[None]
-        elif value.name not in feeds:
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, head), np.float32)
-    logits: np.ndarray = session.run(["logits"], feeds)[0]
+    logits: np.ndarray = session.run(["logits"], _feeds(folder, config))[0]
     return logits
+
+
+@pytest.fixture(scope="session")
+def feeds_of() -> Callable[[Exported], dict[str, np.ndarray]]:
+    """feeds_of(exported) -> inputs for the tokens whose logits are compared."""
+    return lambda e: _feeds(e.folder, e.model.config)
 
 
 @pytest.fixture(scope="session")
 def logits_of() -> Callable[[Exported], tuple[np.ndarray, np.ndarray]]:
     """logits_of(exported) -> logits [1, tokens, vocabulary] of ONNX Runtime and of PyTorch on dequantized weights."""
     return lambda e: (_ort_logits(e.folder, e.model.config), _torch_logits(e.checkpoint, e.model))
+
+
+@pytest.fixture(scope="session")
+def verify(logits_of: Callable[[Exported], tuple[np.ndarray, np.ndarray]]) -> Callable[[Exported], None]:
+    """verify(exported): bytes and words are those promised, every tensor is read back equal, and logits agree."""
+
+    def check(exported: Exported) -> None:
+        plan, folder, model = exported.plan, exported.folder, exported.model
+        assert plan.files == exported.promised.files == {name: (folder / name).stat().st_size for name in plan.files}
+        assert plan.types == exported.promised.types
+        assert plan.notes == exported.promised.notes
+        assert list(folder.parent.iterdir()) == [folder]
+        found = {name: ir.digest(values) for name, values in ONNXExporter().read(folder)}
+        wanted = {name: entry.sha256 for name, entry in model.entries.items()}
+        assert found == wanted
+        assert list(found) == list(wanted)
+        onnxruntime, torch = logits_of(exported)
+        assert np.abs(torch).max() > 1
+        assert np.abs(onnxruntime - torch).max() <= 1e-3
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def codebook_of() -> Callable[..., ir.Tensor]:
+    """codebook_of(shape, axis, bits, scaled=, outliers=, seed=) -> random tensor."""
+    return random_codebook
 
 
 @pytest.fixture(scope="session")

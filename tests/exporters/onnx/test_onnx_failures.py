@@ -57,6 +57,7 @@ class _FakeBuilder:
         (ExportOptions("int3"), "unknown layout 'int3'"),
         (ExportOptions(flavor="transformers.js"), "cannot write flavor 'transformers.js'"),
         (ExportOptions(accuracy_level=7), "accuracy level 7"),
+        (ExportOptions(fallback="unfold"), "unknown fallback 'unfold'"),
     ],
 )
 def test_unknown_options(model: ir.Model, tmp_path: Path, options: ExportOptions, message: str) -> None:
