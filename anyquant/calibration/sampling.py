@@ -1,4 +1,12 @@
-"""Text that the model itself samples, so that a calibration needs no data (cf. LLM-QAT, arXiv 2305.17888)."""
+"""Text that the model itself samples, so that a calibration needs no data (cf. LLM-QAT, arXiv 2305.17888).
+
+How to begin and how to draw was measured on SmolLM2-135M, 8,192 tokens each, by the second moments of all inputs: the
+relative difference of their diagonals (scaled to mean 1, median over the matrices) to those of news and of Wikipedia,
+which differ by .10 from each other. A random ordinary token, documents of 128 tokens: .10 and .07. Documents of 256
+tokens: .14 and .09. Temperature .8: .12 and .09; the likeliest 95 %: .11 and .07; the first three tokens greedily, as
+LLM-QAT does: .09 and .07; <|endoftext|> as the first token: .16 and .11, and left out of the window: .15 and .10; BOS:
+.09 and .10. Tokens drawn evenly, which are no language: .40 and .39.
+"""
 
 from __future__ import annotations
 

@@ -94,6 +94,8 @@ class Model:
 
     def array(self, name: str, suffix: str) -> np.ndarray:
         """Read one array of a tensor, such as the ``.bits`` of a codebook; its values are not checked."""
+        if not self._readers:
+            raise AnyquantError(f"{name}: this model is a plan and holds no values")
         return self._readers[name + suffix].read(name + suffix)
 
     def dequantize(self, name: str) -> np.ndarray:

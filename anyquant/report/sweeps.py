@@ -59,14 +59,15 @@ def _maybe(found: Estimate | None, scale: float = 1.0) -> str:
 
 def sweep_text(found: Sweep) -> str:
     """The sweep as a table of 80 columns, what could not be met below it."""
-    head = ["target", "bits", "size", "loss", "KL", "95 %", "perplexity", "top-1 %"]
+    head = ["target", "bits", "size", "loss", "KL", "95 %", "ppl", "top-1 %"]
     rows = []
     for point in found.points:
+        error = f" ± {number(point.kl.error, 2)}" if point.kl and point.kl.error else ""
         known = [] if point.problem else [
             f"{point.bits:.3f}",
             size(point.nbytes or 0),
             DASH if point.loss is None else number(point.loss),
-            _maybe(point.kl),
+            f"{number(point.kl.value)}{error}" if point.kl else DASH,
             _interval(point.kl),
             number(point.perplexity.value) if point.perplexity else DASH,
             number(100 * point.top1.value) if point.top1 else DASH,
