@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
-from anyquant.calibration.batches import TOKENS, BatchedCall, first
+from anyquant.calibration.batches import BatchedCall, first
 from anyquant.calibration.blocks import Parts
 from anyquant.calibration.capture import Product
 from anyquant.calibration.gradients import GradientSums
 from anyquant.calibration.moments import MomentSums
 from anyquant.calibration.passes import ForwardPass
 
-_LOGITS = 1 << 23
+_LOGITS = 1 << 22
 """Logits in memory at once."""
+_LEARNED = 2048
+"""Tokens that are enough for a number for each row."""
 _NO_TARGET = -100
 
 
@@ -46,7 +48,7 @@ class FisherPass(ForwardPass):
         """As any pass; with ``rows_alone`` only the mean of g_i^2 is recorded, over the first few windows."""
         super().__init__(*arguments)
         windows, window = self.ids.shape
-        self.learned = min(windows, max(1, TOKENS // window)) if rows_alone else windows
+        self.learned = min(windows, max(1, _LEARNED // window)) if rows_alone else windows
         self._row_tokens = self.learned * window if rows_alone else None
 
     def run(self) -> None:

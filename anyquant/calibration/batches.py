@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-TOKENS = 2048
+TOKENS = 1024
 """That go through a block at once: enough for fast products, few enough to hold all they leave behind."""
 
 

@@ -57,7 +57,7 @@ class StreamedModel:
         self.model.tie_weights()
         self.model.eval()
         self.name, self._checkpoint = checkpoint.name, checkpoint
-        self.base: Any = self.model.base_model
+        self.base: Any = self.model.get_decoder()  # which some families call past their base model
         path, self.blocks = _decoder_blocks(self.model, checkpoint.name)
         self.outside = len(self.blocks)
 

@@ -48,7 +48,7 @@ def outputs_and_inputs(
     for window in range(len(ids)):
         for position in range(ids.shape[1] - 1):
             loss = loss - logits[window, position].log_softmax(dim=-1)[ids[window, position + 1]]
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     found = {}
     for name, (output, x) in pairs.items():
         assert output.grad is not None
@@ -134,7 +134,7 @@ def test_experts(tiny_checkpoint: Tiny, token_ids: Ids, record: Record, plain_mo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", linear)
         logits = model(input_ids=ids, use_cache=False).logits
-    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()  # type: ignore[no-untyped-call]
     expected = {}
     for owner, x, output in caught:
         assert output.grad is not None
@@ -162,7 +162,7 @@ def test_rows_alone_on_the_first_windows(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(batches, "TOKENS", 30)
-    monkeypatch.setattr(backward, "TOKENS", 30)  # two windows of thirteen
+    monkeypatch.setattr(backward, "_LEARNED", 30)  # two windows of thirteen
     checkpoint = open_checkpoint(str(tiny_checkpoint(family, tied=tied)))
     names = [*checkpoint.matrices(), *checkpoint.embeddings()]
     ids = token_ids(5, 13)

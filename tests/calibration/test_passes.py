@@ -142,7 +142,10 @@ def test_moments_of_experts(
     ]
 
 
-@pytest.mark.parametrize(("family", "per_call"), [("llama", 40), ("gemma2", 80), ("mixtral", 40), ("gpt2", 79)])
+@pytest.mark.parametrize(
+    ("family", "per_call"),
+    [("llama", 40), ("gemma2", 80), ("mixtral", 40), ("gpt2", 79), ("opt", 80), ("bloom", 80), ("falcon", 80)],
+)
 def test_windows_in_batches(
     tiny_checkpoint: Tiny,
     token_ids: Ids,
@@ -152,10 +155,12 @@ def test_windows_in_batches(
     family: str,
     per_call: int,
 ) -> None:
-    # 7 windows in batches of one or two, with Gemma's sliding mask longer than the window and all.
+    # 7 windows in batches of one or two; Gemma's sliding mask is shorter than a window, and Bloom's positions, laid out
+    # [windows * heads, ...], cannot be divided.
     monkeypatch.setattr(batches, "TOKENS", per_call)
-    checkpoint = open_checkpoint(str(tiny_checkpoint(family)))
-    names = [name for name in checkpoint.matrices() if "experts" not in name]
+    sizes = {"ffn_dim": 96, "word_embed_proj_dim": 64} if family == "opt" else {}
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family, **sizes)))
+    names = [name for name in (*checkpoint.matrices(), *checkpoint.embeddings()) if "experts" not in name]
     ids = token_ids(7, 40)
     statistics = record(checkpoint, names, ids)
     for name, inputs in linear_inputs(checkpoint, ids).items():

@@ -56,6 +56,7 @@ def model_of(
     steps: Steps | None = None,
     bias: np.ndarray | None = None,
     block: int = BLOCK,
+    opset: int = 22,
     **changed: np.ndarray,
 ) -> onnx.ModelProto:
     """One node: CodebookMatMul with this fallback, or CodebookGather if there is none."""
@@ -66,19 +67,19 @@ def model_of(
     arrays |= {f".{name}": array for name, array in changed.items()}
     out, columns = spec.shape
     if fallback:
-        function = matmul_function(22, fallback, steps, block)
+        function = matmul_function(opset, fallback, steps, block)
         suffixes, sizes = (*SUFFIXES, ".bias"), {"K": columns, "N": out, "transB": 1 - spec.axis}
         given = helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
         result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", out])
     else:
-        function = gather_function(22, steps)
+        function = gather_function(opset, steps)
         suffixes, sizes = SUFFIXES, {"K": columns}
         given = helper.make_tensor_value_info("given", onnx.TensorProto.INT64, ["batch", "tokens"])
         result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
     names = ["w" + suffix for suffix in suffixes]
     node = helper.make_node(function.name, ["given", *names], ["result"], domain=DOMAIN, **sizes)
     stored = [numpy_helper.from_array(arrays[suffix], name) for suffix, name in zip(suffixes, names, strict=True)]
-    imports = [helper.make_opsetid("", 22), helper.make_opsetid(DOMAIN, 1)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph([node], "one", [given], [result], stored)
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
@@ -174,6 +175,17 @@ def test_columns_beyond_16_bits(codebook_of: Make) -> None:
     for fallback in FALLBACKS:
         np.testing.assert_allclose(run(model_of(tensor, fallback), activations), activations @ weights.T, atol=5e-3)
     assert np.array_equal(run(model_of(tensor), np.array([[2, 0]])), weights[[[2, 0]]])
+
+
+@pytest.mark.parametrize("opset", [18, 20, 21, 23, 24])
+def test_the_opset_of_the_model_is_used(codebook_of: Make, opset: int) -> None:
+    tensor = codebook_of((6, 20), 0, np.array([3, 0, 8, 1, 2, 5]), scaled=True, outliers=9)
+    weights = ir.dequantize(tensor)
+    for fallback in FALLBACKS:
+        model = model_of(tensor, fallback, opset=opset)
+        onnx.checker.check_model(model, full_check=True)
+        assert np.array_equal(run(model, np.eye(20, dtype=np.float32)[None])[0].T, weights)
+    assert np.array_equal(run(model_of(tensor, opset=opset), np.array([[5, 0]])), weights[[[5, 0]]])
 
 
 def test_unused_planes_change_nothing(codebook_of: Make) -> None:

@@ -14,8 +14,9 @@ import onnxruntime
 import pytest
 
 from anyquant import ir
-from anyquant.errors import CorruptFileError
+from anyquant.errors import CorruptFileError, ExportRefused
 from anyquant.exporters.onnx import ONNXExporter
+from anyquant.exporters.onnx.graph_source import build_graph
 from anyquant.exporters.protocol import ExportOptions
 
 pytestmark = pytest.mark.slow  # each export runs the model builder twice
@@ -93,7 +94,9 @@ def test_everything_in_codebooks(
         ("anyquant", "CodebookGather"),
         ("anyquant", "CodebookMatMul"),
     ]
-    assert [len(g.input) for g in (model.graph,)] == [2 + 4 + sum(i.name == "position_ids" for i in model.graph.input)]
+    # No inputs that clients would have to know.
+    assert {value.name for value in model.graph.input} == set(feeds_of(exported))
+    assert not {value.name for value in model.graph.input} & {t.name for t in model.graph.initializer}
     # The embedding's bytes are the head's.
     gather = next(node for node in model.graph.node if node.op_type == "CodebookGather")
     head = next(node for node in model.graph.node if "lm_head" in node.name)
@@ -156,7 +159,9 @@ def test_a_codebook_per_column_with_biases(export_tiny: Callable[..., Any], veri
     assert any("stored as FP32: codebook per column." in note for note in exported.plan.notes)
 
 
-def test_parts_of_one_product_in_all_forms(export_tiny: Callable[..., Any], verify: Verify, tmp_path: Path) -> None:
+def test_parts_of_one_product_in_all_forms(
+    export_tiny: Callable[..., Any], verify: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = {"q_proj": "bfp4/32", "k_proj": "codebook-mixed", "o_proj": "codebook2/columns", "up_proj": "codebook8"}
 
     def choose(name: str) -> str:
@@ -170,8 +175,20 @@ def test_parts_of_one_product_in_all_forms(export_tiny: Callable[..., Any], veri
         "CodebookMatMul",
         "F16",
     ]
-    # A weight of the float graph changes: of the parts, only the integers are proven while they are written.
     assert _operators(_graph(exported.folder))["Concat"] == 2
+
+    # One weight of the float graph changes: of q (integers), of k (codebooks), of v (halves).
+    source = build_graph(exported.model, tmp_path)
+    assert source.folder is not None
+    data = np.memmap(source.folder / "model.onnx.data", np.float32, "r+")
+    entry = next(t for t in _graph(source.folder).initializer if "qkv_proj.MatMul" in t.name)
+    offset = int(next(e.value for e in entry.external_data if e.key == "offset")) // 4
+    monkeypatch.setattr("anyquant.exporters.onnx.graph_source.build_graph", lambda *_: source)
+    for column, projection in ((47, "q"), (48 + 7, "k"), (48 + 16, "v")):
+        kept, data[offset + column] = float(data[offset + column]), 1
+        with pytest.raises(ExportRefused, match=f"{projection}_proj.weight: 1 of .* differ"):
+            ONNXExporter().export(exported.model, tmp_path / "out", ExportOptions())
+        data[offset + column] = kept
 
 
 def test_a_tensor_that_the_graph_cuts_is_stored_once(export_tiny: Callable[..., Any], verify: Verify) -> None:
