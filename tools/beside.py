@@ -18,7 +18,7 @@ from anyquant.validation.words import DASH, size, with_error
 def rows_of(name: str, report: dict[str, Any]) -> list[tuple[str, ...]]:
     """A line of the table for each model of a report; the source once, without the report's name."""
     quality = {c["candidate"]: c for c in report["comparisons"] if c["reference"] == "source"}
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in report["rows"]:
         found = quality.get(row["name"])
         lines.append(

@@ -12,7 +12,7 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.errors import AnyquantError, ExportRefused, MachineError
-from anyquant.exporters.onnx.binding import Part
+from anyquant.exporters.onnx.binding import Binding, Part
 from anyquant.exporters.onnx.codebook import CodebookForm, stored_arrays
 from anyquant.exporters.onnx.editing import DATA_FILE, Item
 from anyquant.exporters.onnx.graph_source import GraphSource
@@ -52,11 +52,10 @@ class FloatGraph:
         assert source.folder is not None
         self._data = np.memmap(source.folder / DATA_FILE, np.uint8, "r")
         self._places = job.source_places
-        self._rows = {
-            (part.tensor, part.start): (binding, sum(p.rows for p in binding.parts[:i]))
-            for binding in job.bindings.values()
-            for i, part in enumerate(binding.parts)
-        }
+        self._rows: dict[Part, list[tuple[Binding, int]]] = {}
+        for binding in job.bindings.values():
+            for i, part in enumerate(binding.parts):
+                self._rows.setdefault(part, []).append((binding, sum(p.rows for p in binding.parts[:i])))
 
     def raw(self, initializer: str) -> np.ndarray:
         """The bytes of an initializer."""
@@ -64,12 +63,15 @@ class FloatGraph:
         return self._data[offset : offset + length]
 
     def prove(self, part: Part, rows: slice, values: np.ndarray) -> None:
-        """Compare values, float32 of these rows of the part's tensor, with the graph's; -0 equals +0.
+        """Compare values, float32 of these rows of the part's tensor, with the graph's wherever it is; -0 equals +0.
 
         Raises:
             ExportRefused: they differ; nothing can be written exactly then.
         """
-        binding, start = self._rows[part.tensor, part.start]
+        for binding, start in self._rows[part]:
+            self._prove(part, rows, values, binding, start)
+
+    def _prove(self, part: Part, rows: slice, values: np.ndarray, binding: Binding, start: int) -> None:
         flat = self.raw(binding.initializer).view(np.float32)
         total = sum(p.rows for p in binding.parts)
         matrix = flat.reshape(-1, total).T if binding.transposed else flat.reshape(total, -1)
