@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anyquant import ir
+from anyquant.calibration.settings import DOCUMENTS, SAMPLED_TOKENS
 from anyquant.checkpoint import Checkpoint
 from anyquant.forms import Forms
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # model of no weights, on which a calibration runs.
 _BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 350 << 20
 _SAMPLE_ROWS = 16
+_DRAWING = 24  # bytes for each logit that a token is drawn from: FP32, its probability, the FP64 sums
 _MULTIPLY = 512  # side of the matrices by which the speed of products is measured
 
 
@@ -40,14 +42,27 @@ def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model)
 def _calibration_memory(checkpoint: Checkpoint, job: Job) -> int:
     """Sampling text from the model needs the model; statistics need a block of it and two copies of the states."""
     weights = sum(4 * prod(info.shape) for info in checkpoint.tensors.values())
-    layers = max(1, int(checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layer") or 1))
-    hidden = int(checkpoint.config.get("hidden_size") or checkpoint.config.get("n_embd") or 0)
-    states = 2 * 4 * hidden * job.calibration.windows * job.calibration.window
+    layers = max(1, _size(checkpoint, "num_hidden_layers", "n_layer"))
+    hidden = _size(checkpoint, "hidden_size", "n_embd")
+    tokens = job.calibration.windows * job.calibration.window
+    states = 2 * 4 * hidden * tokens
     embeddings = sum(4 * prod(checkpoint.tensors[name].shape) for name in checkpoint.embeddings())
     if job.calibration.importance == "fisher":
         states += states // 2 * layers
-    streamed = embeddings + 3 * (weights - embeddings) // layers + states
-    return _BASE + _TORCH + (max(weights, streamed) if job.calibration.source == "self" else streamed)
+    needed = embeddings + 3 * (weights - embeddings) // layers + states
+    if job.calibration.source == "self":
+        heads = _size(checkpoint, "num_attention_heads", "n_head")
+        width = _size(checkpoint, "head_dim") or hidden // max(1, heads)
+        kept = 2 * 4 * layers * width * (_size(checkpoint, "num_key_value_heads") or heads)
+        documents = min(tokens, SAMPLED_TOKENS) * DOCUMENTS // job.calibration.window
+        drawing = _DRAWING * documents * _size(checkpoint, "vocab_size")
+        needed = max(needed, weights + kept * min(tokens, SAMPLED_TOKENS) + drawing)
+    return _BASE + _TORCH + needed
+
+
+def _size(checkpoint: Checkpoint, *keys: str) -> int:
+    """A number of the configuration under the first of its names that is there; else 0."""
+    return next((int(checkpoint.config[key]) for key in keys if checkpoint.config.get(key)), 0)
 
 
 def seconds(planned: Plan) -> dict[str, float]:

@@ -65,13 +65,14 @@ def _verdicts(model: ir.Model) -> dict[str, str]:
     return verdicts
 
 
-def check_export(model: ir.Model, exporter: str) -> dict[str, Any]:
+def check_export(model: ir.Model, exporter: str, layout: str = "native") -> dict[str, Any]:
     """What an exporter would write for a model or a plan: bytes, files, types, notes, refusals; or its error."""
     try:
-        found = export_plan(model, exporter)
+        found = export_plan(model, exporter, layout)
     except AnyquantError as error:
         return {"error": str(error)}
     return {
+        "layout": layout,
         "bytes": found.bytes,
         "files": found.files,
         "types": dict(Counter(found.types.values()).most_common()),

@@ -254,8 +254,8 @@ def _budget(checkpoint: Checkpoint, job: Job, forms: Forms) -> tuple[float, Call
     return target.size, lambda chosen: export_plan(model_of(chosen), target.size_of).bytes
 
 
-def export_plan(model: ir.Model, exporter: str) -> ExportPlan:
-    """What an exporter would write with its default options.
+def export_plan(model: ir.Model, exporter: str, layout: str = "native") -> ExportPlan:
+    """What an exporter would write in a layout, its other options left as they are.
 
     Raises:
         AnyquantError: there is no such exporter, or it cannot tell; see the exporter.
@@ -263,7 +263,7 @@ def export_plan(model: ir.Model, exporter: str) -> ExportPlan:
     from anyquant.exporters.protocol import ExportOptions
     from anyquant.exporters.registry import get_exporter
 
-    return get_exporter(exporter).check(model, ExportOptions())
+    return get_exporter(exporter).check(model, ExportOptions(layout=layout))
 
 
 def _exportable(checkpoint: Checkpoint, job: Job, forms: Forms) -> Forms:

@@ -38,9 +38,18 @@ def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
     if planned.loss is not None:
         data["loss"] = planned.loss
     if exports:
-        data["exports"] = {name: check_export(planned.model, name) for name in plugins(EXPORTERS)}
+        data["exports"] = {name: _exports(planned.model, name) for name in plugins(EXPORTERS)}
         data["seconds"] = seconds(planned)
     return data
+
+
+def _exports(model: ir.Model, exporter: str) -> dict[str, Any]:
+    """What an exporter would write; where its own layout refuses a tensor, also the layouts that take all of them."""
+    native = check_export(model, exporter)
+    if not native.get("refusals"):
+        return native
+    others = [check_export(model, exporter, layout) for layout in ("f16", "f32")]
+    return {**native, "layouts": [found for found in others if not ("error" in found or found["refusals"])]}
 
 
 def _bits_line(data: dict[str, Any]) -> str:
@@ -52,7 +61,7 @@ def _bits_line(data: dict[str, Any]) -> str:
 
 def plan_text(data: dict[str, Any]) -> str:
     """The plan as a table of 80 columns."""
-    rows = [("source", f"{data['source_bytes']:,}", mebibytes(data["source_bytes"]), "", "")]
+    rows: list[tuple[str, ...]] = [("source", f"{data['source_bytes']:,}", mebibytes(data["source_bytes"]), "", "")]
     rows.append(("ir", f"{data['bytes']:,}", mebibytes(data["bytes"]), mebibytes(data["peak_memory"]), "-"))
     remarks = []
     for name, export in data["exports"].items():
@@ -60,11 +69,13 @@ def plan_text(data: dict[str, Any]) -> str:
             rows.append((name, "no", "", "", ""))
             remarks.append(f"{name}: {export['error']}")
             continue
-        needs = (mebibytes(export["peak_memory"]), mebibytes(export["temporary_disk"]))
-        rows.append((name, f"{export['bytes']:,}", mebibytes(export["bytes"]), *needs))
         if export["refusals"]:
+            rows.append((name, "no", "", "", ""))
             remarks.append(f"{name}: {len(export['refusals'])} tensors refused, the first {export['refusals'][0]}")
-        remarks += [f"{name}: {text}" for text in export["notes"]]
+        else:
+            rows.append(_export_row(name, export))
+            remarks += [f"{name}: {text}" for text in export["notes"]]
+        rows += [_export_row(f"{name} --layout {other['layout']}", other) for other in export.get("layouts", [])]
     forms = ", ".join(f"{count} x {form}" for form, count in data["forms"].items())
     unit = "bits" if data["settings"]["target"].get("bits") else "bytes"
     low, high = data["feasible"]
@@ -81,6 +92,11 @@ def plan_text(data: dict[str, Any]) -> str:
             *remarks,
         ]
     )
+
+
+def _export_row(name: str, export: dict[str, Any]) -> tuple[str, ...]:
+    needs = (mebibytes(export["peak_memory"]), mebibytes(export["temporary_disk"]))
+    return name, f"{export['bytes']:,}", mebibytes(export["bytes"]), *needs
 
 
 def mean_losses(model: ir.Model) -> dict[str, float | None]:
@@ -104,13 +120,14 @@ def _time_line(stages: dict[str, float]) -> str:
 
 def quantized_text(data: dict[str, Any]) -> str:
     """What was written, and what to do with it."""
+    layout = " --layout f16" if "codebook" in data["forms"] else ""
     return "\n".join(
         [
             _bits_line(data),
             f"relative squared error of the matrices: {data['error']:.3e}"
             + (f", of their outputs: {data['output_error']:.3e}" if data["output_error"] is not None else ""),
             f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])}), tokenizer not counted",
-            f"next: anyquant export gguf {data['output']} -o {data['output']}.gguf",
+            f"next: anyquant export gguf {data['output']} -o {data['output']}.gguf{layout}",
         ]
     )
 

@@ -346,3 +346,27 @@ def real_ir(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "ir"
     run(plan(open_checkpoint(str(real_gguf)), Job("block", Target(bits=4.25), workers=2)), folder)
     return folder
+
+
+class RealSkim(NamedTuple):
+    plan: Any
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def real_skim(real_gguf: Path, real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RealSkim:
+    """SmolLM2 quantized by SKIM to 3.25 bits, a thousandth of the weights as outliers: the plan, and the IR folder."""
+    from anyquant.calibration import CalibrationSettings
+    from anyquant.checkpoint import open_checkpoint
+    from anyquant.pipeline import run
+    from anyquant.planning import Job, Target, plan
+    from anyquant.workfolder import work_folder
+
+    folder = tmp_path_factory.mktemp("real-skim")
+    checkpoint = open_checkpoint(str(real_gguf))
+    calibration = CalibrationSettings(str(real_text), windows=4, window=128)
+    job = Job("skim", Target(bits=3.25), {"outliers": 0.1}, calibration=calibration, workers=2)
+    with work_folder(folder / "work", job.identity(checkpoint), resume=False, keep=False) as work:
+        planned = plan(checkpoint, job, work)
+        run(planned, folder / "ir", work)
+    return RealSkim(planned, folder / "ir")

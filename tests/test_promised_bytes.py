@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +13,9 @@ from anyquant.exporters.protocol import ExportOptions
 from anyquant.exporters.registry import get_exporter
 from anyquant.inspection import check_export
 from anyquant.planning import Job, Target, plan
+
+if TYPE_CHECKING:
+    from tests.conftest import RealSkim
 
 
 @pytest.mark.slow
@@ -31,3 +35,17 @@ def test_planned_ir_is_the_written_ir(real_gguf: Path, real_ir: Path) -> None:
     files = plan(open_checkpoint(str(real_gguf)), Job("block", Target(bits=4.25))).files
     assert {name: (real_ir / name).stat().st_size for name in files} == files
     assert set(files) == {"anyquant.safetensors", "anyquant.json", "config.json"}
+
+
+@pytest.mark.slow
+def test_planned_bytes_of_codebooks(real_skim: RealSkim, tmp_path: Path) -> None:
+    planned, folder = real_skim
+    assert 3.24 <= planned.model.quantized_bits <= 3.25
+    assert {name: (folder / name).stat().st_size for name in planned.files} == planned.files
+    # No stock type holds them, which the plan says, but FP16 does whatever the values are.
+    assert "--layout f16" in check_export(planned.model, "gguf")["refusals"][0]
+    promised = check_export(planned.model, "gguf", "f16")
+    assert promised["refusals"] == promised["notes"] == []
+    output = tmp_path / "skim.gguf"
+    get_exporter("gguf").export(ir.open_ir(folder), output, ExportOptions(layout="f16"))
+    assert output.stat().st_size == promised["bytes"]

@@ -17,16 +17,11 @@ from typing import Any
 import torch
 
 from anyquant.calibration.blocks import StreamedModel
-from anyquant.calibration.settings import CalibrationSettings
+from anyquant.calibration.settings import DOCUMENTS, SAMPLED_TOKENS, CalibrationSettings
 from anyquant.calibration.tokens import Tokens
 from anyquant.errors import InputError
 from anyquant.ir import Progress
 from anyquant.validation import texts
-
-_DOCUMENTS = 2
-"""In a window: many short documents are more diverse than few long ones, and larger batches are faster."""
-_TOKENS = 8192
-"""Sampled in one batch, at most: their keys and values are in memory."""
 
 
 def sample(model: StreamedModel, tokenizer: Any, settings: CalibrationSettings, progress: Progress) -> Tokens:
@@ -48,9 +43,9 @@ def sample(model: StreamedModel, tokenizer: Any, settings: CalibrationSettings, 
     """
     sampler = _Sampler(model, tokenizer, settings.seed)
     body = settings.window - (sampler.leading is not None)
-    length = -(-body // _DOCUMENTS)
-    count = settings.windows * _DOCUMENTS
-    batch = max(1, _TOKENS // length)
+    length = -(-body // DOCUMENTS)
+    count = settings.windows * DOCUMENTS
+    batch = max(1, SAMPLED_TOKENS // length)
     sizes = [min(batch, count - start) for start in range(0, count, batch)]
     sections = range(model.outside + 1)
     try:

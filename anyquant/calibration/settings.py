@@ -13,6 +13,10 @@ from anyquant.errors import InputError, UsageError
 SELF = "self"
 IMPORTANCE = ("gradient", "activation", "fisher")
 """What is recorded; see CalibrationSettings."""
+DOCUMENTS = 2
+"""Sampled for a window: many short documents are more diverse than few long ones, and larger batches are faster."""
+SAMPLED_TOKENS = 8192
+"""Sampled in one batch, at most: their keys and values are in memory."""
 _DATASET = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)?(?::[\w][\w.-]*)?")
 _TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".csv", ".cor", ".xml", ".gz", ".bz2", ".zst")
 

@@ -19,6 +19,7 @@ from anyquant.exporters.gguf.metadata import Metadata
 from anyquant.exporters.protocol import ExportOptions, Refusal
 
 _FLOAT = "use --layout f32, which holds every value"
+_HALF = "use --layout f16, which holds every value of a codebook"
 _ROUND = "use --layout f32, or accept rounding with --allow-rounding"
 # llama.cpp computes with these in FP32 only.
 _ALWAYS_F32 = ("_norm.weight", "position_embd.weight", "token_types.weight", "ffn_gate_inp.weight")
@@ -135,7 +136,8 @@ def _remedy(spec: ir.Spec, options: ExportOptions) -> str:
     if isinstance(spec, ir.DenseSpec) or options.layout == "f16":
         return _ROUND
     if isinstance(spec, ir.CodebookSpec) or (isinstance(spec, ir.BlockSpec) and spec.format != "bfp"):
-        return f"{_FLOAT}, or quantize with --method block (BFP), which stock types hold exactly"
+        fitting = _HALF if _is_half(spec) else _FLOAT
+        return f"{fitting}, or quantize with --method block (BFP), which stock types hold exactly"
     if isinstance(spec, ir.BlockSpec) and spec.block == 16:
         return f"{_FLOAT}, or quantize with --block 32, the length that shares a scale in stock types"
     return _FLOAT
@@ -144,7 +146,12 @@ def _remedy(spec: ir.Spec, options: ExportOptions) -> str:
 def _depends_on_values(spec: ir.Spec, options: ExportOptions) -> bool:
     if isinstance(spec, ir.DenseSpec):
         return spec.dtype == "F64"
-    return not isinstance(spec, ir.GGMLSpec) and options.layout != "f32"
+    return not isinstance(spec, ir.GGMLSpec) and options.layout != "f32" and not _is_half(spec)
+
+
+def _is_half(spec: ir.Spec) -> bool:
+    """Whether every value is an FP16, whatever it is: entries of codebooks and outliers are."""
+    return isinstance(spec, ir.CodebookSpec) and not spec.input_scale
 
 
 def _type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportOptions, examine: bool) -> str:

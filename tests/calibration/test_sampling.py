@@ -111,7 +111,7 @@ def test_seeds(tiny_llama: Path) -> None:
 def test_shapes_and_batches(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, windows: int, window: int, leading: bool
 ) -> None:
-    monkeypatch.setattr(sampling, "_TOKENS", 20)
+    monkeypatch.setattr(sampling, "SAMPLED_TOKENS", 20)
     ids = sample(open_checkpoint(str(tiny_llama)), CalibrationSettings(windows=windows, window=window), leading=leading)
     assert ids.shape == (windows, window)
     assert ((ids == BOS).sum(axis=1) == leading).all()

@@ -196,39 +196,45 @@ def _torch_logits(checkpoint: Path, model: ir.Model) -> np.ndarray:
     return logits
 
 
-def _feeds(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """TOKENS and an empty cache, for the inputs that a graph has."""
+def _feeds(folder: Path, config: dict[str, Any], tokens: np.ndarray = TOKENS) -> dict[str, np.ndarray]:
+    """Tokens int64 [1, length] and an empty cache, for the inputs that a graph has."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    feeds: dict[str, np.ndarray] = {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS)}
+    feeds: dict[str, np.ndarray] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
     for value in onnx.load(folder / "model.onnx", load_external_data=False).graph.input:
         if value.name == "position_ids":
-            feeds[value.name] = np.arange(TOKENS.shape[1])[None]
+            feeds[value.name] = np.arange(tokens.shape[1])[None]
         elif value.name not in feeds:
             heads = value.type.tensor_type.shape.dim[1].dim_value
             feeds[value.name] = np.zeros((1, heads, 0, head), np.float32)
     return feeds
 
 
-def _ort_logits(folder: Path, config: dict[str, Any]) -> np.ndarray:
+def _ort_logits(folder: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    logits: np.ndarray = session.run(["logits"], _feeds(folder, config))[0]
+    logits: np.ndarray = session.run(["logits"], feeds)[0]
     return logits
 
 
 @pytest.fixture(scope="session")
-def feeds_of() -> Callable[[Exported], dict[str, np.ndarray]]:
-    """feeds_of(exported) -> inputs for the tokens whose logits are compared."""
-    return lambda e: _feeds(e.folder, e.model.config)
+def feeds_of() -> Callable[..., dict[str, np.ndarray]]:
+    """feeds_of(folder, config, tokens) -> inputs of a graph; unless given, the tokens whose logits are compared."""
+    return _feeds
+
+
+@pytest.fixture(scope="session")
+def run_in_onnxruntime() -> Callable[[Path, dict[str, np.ndarray]], np.ndarray]:
+    """run_in_onnxruntime(folder, inputs) -> logits, on the CPU."""
+    return _ort_logits
 
 
 @pytest.fixture(scope="session")
 def logits_of() -> Callable[[Exported], tuple[np.ndarray, np.ndarray]]:
     """logits_of(exported) -> logits [1, tokens, vocabulary] of ONNX Runtime and of PyTorch on dequantized weights."""
-    return lambda e: (_ort_logits(e.folder, e.model.config), _torch_logits(e.checkpoint, e.model))
+    return lambda e: (_ort_logits(e.folder, _feeds(e.folder, e.model.config)), _torch_logits(e.checkpoint, e.model))
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_everything_in_codebooks(
     export_tied: Callable[[str], Any],
     verify: Verify,
     logits_of: Callable[[Any], tuple[np.ndarray, np.ndarray]],
-    feeds_of: Callable[[Any], dict[str, np.ndarray]],
+    feeds_of: Callable[..., dict[str, np.ndarray]],
     run_in_node: Callable[..., dict[str, np.ndarray]],
     fallback: str,
 ) -> None:
@@ -95,7 +95,8 @@ def test_everything_in_codebooks(
         ("anyquant", "CodebookMatMul"),
     ]
     # No inputs that clients would have to know.
-    assert {value.name for value in model.graph.input} == set(feeds_of(exported))
+    feeds = feeds_of(exported.folder, exported.model.config)
+    assert {value.name for value in model.graph.input} == set(feeds)
     assert not {value.name for value in model.graph.input} & {t.name for t in model.graph.initializer}
     # The embedding's bytes are the head's.
     gather = next(node for node in model.graph.node if node.op_type == "CodebookGather")
@@ -109,7 +110,7 @@ def test_everything_in_codebooks(
     assert 0 <= exported.plan.files["model.onnx.data"] - (dense + coded + tables) <= 64 * items
 
     expected = logits_of(exported)[0]
-    found = run_in_node(exported.folder / "model.onnx", feeds_of(exported), ["logits"])["logits"]
+    found = run_in_node(exported.folder / "model.onnx", feeds, ["logits"])["logits"]
     assert np.abs(found - expected).max() <= 1e-4
 
 
