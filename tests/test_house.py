@@ -115,6 +115,13 @@ def test_methods_and_exporters_do_not_know_each_other(repository: Path) -> None:
     assert not offenders(sorted((repository / "exporters").rglob("*.py")), {"anyquant.methods", "exporters"})
 
 
+def test_reports_stand_on_what_they_share(repository: Path) -> None:
+    package = repository / "anyquant"
+    reports = {"anyquant.report", "anyquant.sweep"}
+    assert not offenders(sorted((package / "reporting").rglob("*.py")), reports | {"anyquant.validation"})
+    assert not offenders(sorted((package / "validation").rglob("*.py")), reports)
+
+
 def test_exporters_are_installed_inside_the_package(repository: Path) -> None:
     from anyquant.exporters import protocol
 

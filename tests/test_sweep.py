@@ -205,7 +205,7 @@ def test_json_there_and_back(found: Sweep, tmp_path: Path) -> None:
 
 def test_what_is_not_finite_becomes_null(found: Sweep, tmp_path: Path) -> None:
     from anyquant.report.sweeps import sweep_text
-    from anyquant.validation.results import Estimate
+    from anyquant.reporting.estimate import Estimate
 
     broken = replace(found.points[0], kl=Estimate(math.nan, 9), kl_per_window=(math.nan, 1.0))
     path = tmp_path / "sweep.json"

@@ -28,11 +28,11 @@ from anyquant.checkpoint import Checkpoint, open_checkpoint
 from anyquant.console import table
 from anyquant.errors import AnyquantError
 from anyquant.planning import Job, Target, forms_of
+from anyquant.reporting.as_json import plain
+from anyquant.reporting.estimate import Estimate
+from anyquant.reporting.words import number, with_error
 from anyquant.runtime import native
 from anyquant.sweep import Point, Sweep, TextSettings, sweep
-from anyquant.validation.report import plain
-from anyquant.validation.results import Estimate
-from anyquant.validation.words import number, with_error
 from anyquant.workfolder import work_folder
 
 TARGETS = "2.3,2.5,3,3.25,3.5,4,4.5,5,6,8"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from anyquant.console import table
-from anyquant.validation.results import Estimate
-from anyquant.validation.words import DASH, size, with_error
+from anyquant.reporting.estimate import Estimate
+from anyquant.reporting.words import DASH, size, with_error
 
 
 def rows_of(name: str, report: dict[str, Any]) -> list[tuple[str, ...]]:

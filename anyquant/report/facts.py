@@ -12,10 +12,11 @@ from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, UsageError
 from anyquant.report.detail import Detail, Losses, detail, losses
 from anyquant.report.matrices import Kind, Matrix, by_kind, hardest, matrices, parts, weighted_error
+from anyquant.reporting.as_json import plain
+from anyquant.reporting.environment import versions
+from anyquant.reporting.estimate import Estimate
+from anyquant.reporting.notes import another_source
 from anyquant.sweep.results import Sweep
-from anyquant.validation.environment import environment
-from anyquant.validation.report import plain
-from anyquant.validation.results import Estimate
 
 SCHEMA = "anyquant.report/1"
 HARDEST = 20
@@ -93,8 +94,7 @@ class Facts:
     @property
     def environment(self) -> dict[str, Any]:
         """What the report was made with."""
-        found = environment(1)
-        return {key: found[key] for key in ("packages", "python", "system")}
+        return versions()
 
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
@@ -222,11 +222,7 @@ def _notes(model: ir.Model, source: Checkpoint | None, sweep: Sweep | None) -> l
                     f"the source {source.name} has {'no' if info is None else f'a {list(info.shape)}'} {name}; the "
                     f"model holds a {list(entry.spec.shape)}. It was made of {model.source.get('name', 'another')}."
                 )
-        if recorded and source.fingerprint() != recorded:
-            notes.append(
-                f"The source {source.name} is not the one this was made of ({model.source.get('name', 'unknown')}): "
-                "fingerprints differ."
-            )
+        notes += another_source(model, source)
     if model.calibration is None:
         notes.append("There was no calibration: only the errors of the weights are known, not those of the outputs.")
     if sweep and recorded and sweep.model["fingerprint"] != recorded:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from anyquant.report import figures, plots
+from anyquant.report import plots
 from anyquant.report.detail import by_width
 from anyquant.report.facts import SCHEMA, Facts
-from anyquant.report.markup import card_row, definitions, figure_row, no_plots, page, section, table
 from anyquant.report.matrices import WIDTHS, Matrix, parts, unit_of
-from anyquant.report.sweeps import sweep_plots, sweep_table, words
-from anyquant.validation.results import Estimate
-from anyquant.validation.words import DASH, number, size, with_error
+from anyquant.report.sweeps import sweep_plots, sweep_table
+from anyquant.reporting import figures
+from anyquant.reporting.estimate import Estimate
+from anyquant.reporting.markup import card_row, definitions, figure_row, no_plots, page, section, table
+from anyquant.reporting.words import DASH, if_known, number, size, with_error, words
 
 _LISTED = 10
 _KINDS = 24
@@ -51,10 +52,6 @@ def _subtitle(facts: Facts) -> str:
     said += [f"from {model.source['name']}"] if model.source.get("name") else []
     said += [f"{len(facts.matrices):,} matrices of {len(facts.kinds)} kinds"]
     return escape(" · ".join(said))
-
-
-def _maybe(found: Estimate | None) -> str:
-    return with_error(found) if found else DASH
 
 
 def _cards(facts: Facts) -> str:
@@ -126,7 +123,7 @@ def _kinds(facts: Facts) -> str:
             with_error(kind.width),
             *(_percent(kind.widths[width], kind.widths.sum()) for width in used),
             with_error(kind.error),
-            _maybe(kind.output_error),
+            if_known(kind.output_error),
         ]
         for kind in kinds[:_KINDS]
     ]

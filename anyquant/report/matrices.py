@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from anyquant import ir
 from anyquant.checkpoint.names import layer_of
 from anyquant.errors import CorruptFileError
-from anyquant.validation.results import Estimate
+from anyquant.reporting.estimate import Estimate
 
 WIDTHS = range(9)
 Bits = NDArray[np.uint8]

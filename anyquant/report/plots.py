@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anyquant.report.detail import Detail, Unit, by_width
-from anyquant.report.figures import figure, label, svg, whole_numbers
 from anyquant.report.matrices import WIDTHS, Kind, Matrix, by_kind, by_layer, unit_of
-from anyquant.validation.results import Estimate
+from anyquant.reporting.estimate import Estimate
+from anyquant.reporting.figures import figure, label, svg, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

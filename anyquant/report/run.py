@@ -8,10 +8,10 @@ from typing import Any
 
 from anyquant import ir
 from anyquant.report.facts import Facts, collect
-from anyquant.report.writing import write_files
+from anyquant.reporting.as_json import to_text
+from anyquant.reporting.words import number, size, with_error
+from anyquant.reporting.writing import write_files
 from anyquant.sweep.results import load_sweep
-from anyquant.validation.report import to_text
-from anyquant.validation.words import number, size, with_error
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 

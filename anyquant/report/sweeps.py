@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from anyquant.console import table as text_table
-from anyquant.report.figures import figure, label, svg
-from anyquant.report.markup import card_row, definitions, figure_row, no_plots, page, section, table
-from anyquant.report.writing import write_files
+from anyquant.reporting.as_json import to_text
+from anyquant.reporting.estimate import Estimate
+from anyquant.reporting.figures import figure, label, svg
+from anyquant.reporting.markup import card_row, definitions, figure_row, no_plots, page, section, table
+from anyquant.reporting.words import DASH, if_known, number, size, with_error, words
+from anyquant.reporting.writing import write_files
 from anyquant.sweep.results import Point, Sweep
-from anyquant.validation.report import to_text
-from anyquant.validation.results import Estimate
-from anyquant.validation.words import DASH, number, size, with_error
 
 JSON_NAME, HTML_NAME = "sweep.json", "sweep.html"
 COLORS = {"model": "#2563eb", "matrix": "#d97706", "uniform": "#64748b"}
@@ -51,10 +51,6 @@ def _interval(found: Estimate | None) -> str:
     if found is None or found.low is None or found.high is None:
         return DASH
     return f"{number(found.low)}..{number(found.high)}"
-
-
-def _maybe(found: Estimate | None, scale: float = 1.0) -> str:
-    return with_error(found, scale) if found else DASH
 
 
 def sweep_text(found: Sweep) -> str:
@@ -174,11 +170,11 @@ def sweep_table(found: Sweep) -> str:
             f"{point.bits:.4f}",
             f"{point.nbytes:,}",
             DASH if point.loss is None else number(point.loss),
-            _maybe(point.kl),
+            if_known(point.kl),
             _interval(point.kl),
-            _maybe(point.perplexity),
-            _maybe(point.perplexity_change),
-            _maybe(point.top1, 100),
+            if_known(point.perplexity),
+            if_known(point.perplexity_change),
+            if_known(point.top1, 100),
         ]  # fmt: skip
         rows.append([escape(target_text(point, found)), *(known or [DASH] * 8)])
     note = (
@@ -230,8 +226,3 @@ def _details(found: Sweep) -> dict[str, str]:
         "time": f"{found.seconds:.0f} s",
         "schema": found.schema,
     }
-
-
-def words(values: object, between: str = ": ") -> str:
-    """A flat dict as one line."""
-    return ", ".join(f"{k}{between}{v}" for k, v in values.items()) if isinstance(values, dict) else str(values)

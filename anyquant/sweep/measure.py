@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from anyquant import ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, MachineError, UsageError
+from anyquant.reporting.estimate import Estimate
 from anyquant.validation import texts
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.metrics import compare_logits, log_normalizers, token_losses
-from anyquant.validation.results import Estimate
 from anyquant.validation.settings import RELIABLE_WINDOW
 
 if TYPE_CHECKING:

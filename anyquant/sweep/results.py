@@ -11,9 +11,9 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.errors import AnyquantError, CorruptFileError
+from anyquant.reporting.as_json import plain
+from anyquant.reporting.estimate import Estimate
 from anyquant.validation.bootstrap import Bootstrap
-from anyquant.validation.report import plain
-from anyquant.validation.results import Estimate
 
 SCHEMA = "anyquant.sweep/1"
 

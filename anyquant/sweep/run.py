@@ -18,9 +18,9 @@ from anyquant.forms import Forms
 from anyquant.measuring import calibration_record, measure, statistics_of
 from anyquant.pipeline import dequantized
 from anyquant.planning import Job, Plan, forms_of, plan, predicted_loss
+from anyquant.reporting.environment import environment
 from anyquant.sweep.measure import Meter, TextSettings
 from anyquant.sweep.results import Point, Sweep
-from anyquant.validation.environment import environment
 from anyquant.validation.runners.protocol import RunnerSpec
 from anyquant.workfolder import WorkFolder, work_folder
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.validation.results import Estimate
+from anyquant.reporting.estimate import Estimate
 
 Floats = NDArray[np.float64]
 

@@ -5,19 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from anyquant.report.markup import card_row, definitions, figure_row, no_plots, page, section, table
+from anyquant.reporting.markup import card_row, definitions, figure_row, no_plots, page, section, table
+from anyquant.reporting.words import DASH, number, size, with_error
 from anyquant.validation import plots
 from anyquant.validation.results import Comparison, Gate, ModelRow, TensorComparison, ValidationReport
-from anyquant.validation.words import (
-    DASH,
-    differing,
-    number,
-    size,
-    tensors_of,
-    tensors_text,
-    verdict,
-    with_error,
-)
+from anyquant.validation.words import differing, tensors_of, tensors_text, verdict
 
 _LISTED = 10
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError
+from anyquant.reporting.estimate import Estimate
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.metrics import (
     Floats,
@@ -18,7 +19,7 @@ from anyquant.validation.metrics import (
     log_normalizers,
     token_losses,
 )
-from anyquant.validation.results import Comparison, Estimate
+from anyquant.validation.results import Comparison
 from anyquant.validation.runners.process import ProcessRunner
 from anyquant.validation.runners.protocol import Runner
 from anyquant.validation.runners.worker import peak_memory

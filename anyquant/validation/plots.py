@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from anyquant.report.figures import figure, svg
+from anyquant.reporting.figures import figure, svg
+from anyquant.reporting.words import size
 from anyquant.validation.gates import MAX_KL_FP32, MAX_KL_ROUNDED
 from anyquant.validation.results import Comparison, ValidationReport
-from anyquant.validation.words import size
 
 COLORS = {"source": "#64748b", "IR": "#2563eb", "GGUF": "#d97706", "ONNX": "#059669"}
 _STYLES = {"IR": ("-", 4.5, 0.35), "GGUF": ("-", 1.6, 1.0), "ONNX": ("--", 1.6, 1.0)}

@@ -6,27 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyquant.errors import ValidationFailed
+from anyquant.reporting.estimate import Estimate
 
 SCHEMA = "anyquant.validation/1"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with what is known of its precision.
-
-    Attributes:
-        value: the number.
-        n: tokens it is taken over.
-        error: bootstrap standard error; None where it cannot be had (one window, or a maximum).
-        low: lower end of the 95 % interval.
-        high: upper end.
-    """
-
-    value: float
-    n: int
-    error: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)

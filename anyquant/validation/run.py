@@ -11,7 +11,8 @@ from typing import Any
 from anyquant import ir
 from anyquant.errors import InputError
 from anyquant.gguf_container import map_file, parse
-from anyquant.validation import environment as env
+from anyquant.reporting.environment import environment
+from anyquant.reporting.notes import another_source
 from anyquant.validation import texts
 from anyquant.validation.arithmetic import Arithmetic, gguf_arithmetic, onnx_arithmetic
 from anyquant.validation.bootstrap import Bootstrap
@@ -22,6 +23,7 @@ from anyquant.validation.results import ModelRow, TensorComparison, ValidationRe
 from anyquant.validation.runners import RunnerSpec, open_runner
 from anyquant.validation.runners.process import ProcessRunner
 from anyquant.validation.settings import RELIABLE_WINDOW, ValidationSettings
+from anyquant.validation.sizes import ir_bytes, onnx_bytes
 from anyquant.validation.tensors import compare_export, compare_ir
 
 
@@ -115,12 +117,7 @@ class _Validation:
         checkpoint = open_checkpoint(
             settings.source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-        recorded = self.model.source.get("fingerprint")
-        if recorded and checkpoint.fingerprint() != recorded:
-            self.notes.append(
-                f"The source {checkpoint.name} is not the one this IR was made of "
-                f"({self.model.source.get('name', 'unknown')}): fingerprints differ."
-            )
+        self.notes += another_source(self.model, checkpoint)
         return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
     def _tensors(self) -> tuple[TensorComparison, ...]:
@@ -176,7 +173,7 @@ class _Validation:
                 "resamples": settings.resamples,
                 "tie_tolerance": settings.tie_tolerance,
             },
-            environment=env.environment(self.specs[0].thread_count),
+            environment=environment(self.specs[0].thread_count),
             rows=rows,
             comparisons=comparisons,
             tensors=tensors,
@@ -226,8 +223,8 @@ class _Validation:
         if name == "GGUF" and settings.gguf is not None:
             return settings.gguf.stat().st_size
         if name == "ONNX" and settings.onnx is not None:
-            return env.onnx_bytes(settings.onnx)
-        return self._source_bytes if name == "source" else env.ir_bytes(self.model)
+            return onnx_bytes(settings.onnx)
+        return self._source_bytes if name == "source" else ir_bytes(self.model)
 
     def _stops(self) -> set[int]:
         generation: dict[str, Any] = {}

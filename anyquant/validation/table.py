@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 
+from anyquant.reporting.words import DASH, number, size, with_error
 from anyquant.validation.results import ValidationReport
-from anyquant.validation.words import DASH, differing, number, size, tensors_of, verdict, with_error
+from anyquant.validation.words import differing, tensors_of, verdict
 
 WIDTH = 80
 

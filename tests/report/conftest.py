@@ -12,8 +12,8 @@ import pytest
 from anyquant import ir
 from anyquant.checkpoint import TensorInfo
 from anyquant.ir.packing import pack
+from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Point, Sweep
-from anyquant.validation.results import Estimate
 
 HOSTILE = '<script src="https://evil.example/x.js">&$\\frac{_[bold]'
 

@@ -22,8 +22,8 @@ from anyquant.report.facts import HARDEST, Facts, collect
 from anyquant.report.html import to_html
 from anyquant.report.plots import bits_heat
 from anyquant.report.run import ReportSettings, report, report_text
+from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Sweep
-from anyquant.validation.results import Estimate
 
 HOSTILE = '<script src="https://evil.example/x.js">&$\\frac{_[bold]'
 

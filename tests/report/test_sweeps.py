@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from anyquant.report.sweeps import sweep_page, sweep_plots, sweep_text, write_sweep
+from anyquant.reporting.words import DASH
 from anyquant.sweep import Sweep, load_sweep
-from anyquant.validation.words import DASH
 
 
 def test_the_table_fits_80_columns(sweep_found: Sweep) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from anyquant.checkpoint import open_checkpoint
 from anyquant.planning import Job, Target, plan
+from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Point, Sweep
-from anyquant.validation.results import Estimate
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 
 from anyquant.errors import MachineError
+from anyquant.reporting.estimate import Estimate
 from anyquant.validation import ValidationReport, format_table
 from anyquant.validation.html import to_html
 from anyquant.validation.plots import plots
 from anyquant.validation.report import to_json, write_report
 from anyquant.validation.results import (
     Comparison,
-    Estimate,
     Gate,
     ModelRow,
     TensorComparison,
     TensorDifference,
     TopDifference,
 )
-from anyquant.validation.words import number, size, with_error
 
 HOSTILE = '<script src="https://evil.example/x.js">&[bold]'
 NAN = float("nan")
@@ -156,15 +155,6 @@ def test_json_is_strict_and_complete(report: ValidationReport, tmp_path: Path) -
     assert sorted(p.name for p in json_path.parent.iterdir()) == ["report.html", "report.json"]
 
 
-def test_numpy_numbers_and_paths_become_json() -> None:
-    import numpy as np
-
-    from anyquant.validation.report import plain
-
-    found = plain({"a": np.float64(2.5), "b": np.int64(3), "c": (np.inf, None, True), "d": Path("x")})
-    assert json.dumps(found) == '{"a": 2.5, "b": 3, "c": [null, null, true], "d": "x"}'
-
-
 def test_an_unwritable_folder_is_a_clear_error(report: ValidationReport, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="cannot write the report"):
@@ -205,30 +195,3 @@ def test_the_table_fits_80_columns(report: ValidationReport) -> None:
     assert sum(line.startswith(("source: Paris", "IR: Paris", "GGUF: Paris", "ONNX: Paris")) for line in lines) == 4
     assert "FAILED" not in text  # the command line says which failed, and why
     assert "[bold]" in text  # markup of the outside stays text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0.00"),
-        (21.345, "21.3"),
-        (0.0123456, "0.0123"),
-        (1.7e-11, "1.70e-11"),
-        (4e-4, "4.00e-4"),
-        (NAN, "not finite"),
-    ],
-)
-def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-def test_errors_cut_the_digits() -> None:
-    assert with_error(Estimate(24.1357, 9, 0.412)) == "24.14 ± 0.41"
-    assert with_error(Estimate(0.91234, 9, 0.0031), 100) == "91.23 ± 0.31"
-    assert with_error(Estimate(1.6619e-11, 9, 2.2e-12)) == "1.66e-11 ± 2.2e-12"
-    assert with_error(Estimate(24.1357, 9)) == "24.14"
-    assert with_error(Estimate(0.0, 9, 0.0)) == "0.000 ± 0"
-
-
-def test_sizes() -> None:
-    assert [size(n) for n in (1_500, 91_727_360, 2_345_000_000)] == ["1.5 kB", "91.7 MB", "2.35 GB"]

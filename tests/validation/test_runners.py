@@ -12,9 +12,9 @@ import pytest
 
 from anyquant.errors import AnyquantError, CorruptFileError, InputError, MachineError, MissingDependency
 from anyquant.validation.arithmetic import onnx_arithmetic, onnx_model_file
-from anyquant.validation.environment import onnx_bytes
 from anyquant.validation.metrics import compare_logits
 from anyquant.validation.runners import Runner, RunnerSpec, llama_abi, open_runner
+from anyquant.validation.sizes import onnx_bytes
 
 IDS = np.array([5, 9, 300, 17, 200, 9, 41, 33, 2, 7], dtype=np.int64)
 

@@ -12,11 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anyquant.errors import CorruptFileError, InputError, UsageError, ValidationFailed
+from anyquant.reporting.estimate import Estimate
 from anyquant.validation import ValidationReport, ValidationSettings, validate
 from anyquant.validation.arithmetic import Arithmetic
 from anyquant.validation.gates import all_gates, runtime_gates
 from anyquant.validation.measure import Station, measure_window
-from anyquant.validation.results import Comparison, Estimate
+from anyquant.validation.results import Comparison
 
 
 @pytest.fixture(scope="module")

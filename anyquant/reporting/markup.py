@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from anyquant.report import figures
-from anyquant.report.style import CSS
+from anyquant.reporting import figures
+from anyquant.reporting.style import CSS
 
 
 def page(title: str, heading: str, subtitle: str, body: str, *, aside: str = "", css: str = "") -> str:

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from anyquant.report.figures import figure, label, svg
+from anyquant.reporting.figures import figure, label, svg
 
 
 @pytest.mark.parametrize("text", ["q_proj", "_hidden", "$\\frac{", "a$b$", "\u6f22\u5b57 \U0001f600", "<b>&\"'"])
