@@ -10,6 +10,7 @@ from anyquant.console import mebibytes, table
 from anyquant.estimates import seconds
 from anyquant.exporters.protocol import ExportPlan
 from anyquant.inspection import check_export, form_name
+from anyquant.losses import mean_error
 from anyquant.planning import Plan
 from anyquant.plugins import EXPORTERS, plugins
 
@@ -100,17 +101,10 @@ def _export_row(name: str, export: dict[str, Any]) -> tuple[str, ...]:
 
 
 def mean_losses(model: ir.Model) -> dict[str, float | None]:
-    """Relative squared errors over the quantized matrices, weighted by their sizes; None where none was measured."""
-    chosen = [entry for entry in model.entries.values() if entry.quantized]
-    numel = sum(entry.spec.numel for entry in chosen)
-
-    def mean(key: str) -> float | None:
-        values = [getattr(entry, key) for entry in chosen]
-        if any(value is None for value in values):
-            return None
-        return float(sum(v * e.spec.numel for v, e in zip(values, chosen, strict=True)) / numel)
-
-    return {"error": mean("error"), "output_error": mean("output_error")}
+    """Relative squared errors over the quantized matrices, weighted by their sizes; None where none is known."""
+    entries = [entry for entry in model.entries.values() if entry.quantized]
+    found = {key: mean_error(entries, key) for key in ("error", "output_error")}
+    return {key: mean.value if mean else None for key, mean in found.items()}
 
 
 def _time_line(stages: dict[str, float]) -> str:

@@ -135,7 +135,7 @@ def test_tables_are_taken_once(
         return errors(self, weight, *rest)
 
     monkeypatch.setattr(BlockMethod, "errors", count)
-    jobs = [block(bits, allocation) for bits in (2.9, 3.4, 5.1) for allocation in ("model", "matrix")]
+    jobs = [block(2.9), block(4.25, "uniform"), block(3.4), block(5.1)]
     with work_folder(tmp_path / "work", jobs[0].identity(checkpoint), resume=False, keep=True) as work:
         first = sweep(checkpoint, jobs, work)
         assert measured.total() == 14

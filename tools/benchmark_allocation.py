@@ -88,7 +88,9 @@ def jobs_of(checkpoint: Checkpoint, base: Job, widths: list[int], targets: list[
         nearest = min(forms.uniform(), key=lambda chosen: abs(forms.bits(chosen, "index") - width))
         return forms.bits(nearest, "all")
 
-    jobs = [job(size(width), allocation) for width in widths for allocation in ("uniform", *MIXED)]
+    # Where a matrix has one number of bits as a whole, there is nothing to spread in it.
+    mixed = MIXED if any(levels.units > 1 for levels in forms.levels) else MIXED[:1]
+    jobs = [job(size(width), allocation) for width in widths for allocation in ("uniform", *mixed)]
     return jobs + [job(bits, "model") for bits in targets]
 
 
@@ -96,12 +98,13 @@ def checks_of(found: Sweep, widths: list[int], targets: list[float]) -> list[Che
     """All comparisons of a sweep over :func:`jobs_of`."""
     checks = []
     points = list(found.points)
+    each = (len(points) - len(targets)) // max(1, len(widths))
     for width in widths:
-        uniform, *mixed = points[: 1 + len(MIXED)]
-        del points[: 1 + len(MIXED)]
+        uniform, *mixed = points[:each]
+        del points[:each]
         checks += [
-            compare(f"{width} bits: {allocation}", found, point, uniform, strict=True)
-            for allocation, point in zip(MIXED, mixed, strict=True)
+            compare(f"{width} bits: {point.target['allocation']}", found, point, uniform, strict=True)
+            for point in mixed
         ]
     for (less, small), (more, large) in pairwise(zip(targets, points, strict=True)):
         checks.append(compare(f"{more:g} bits below {less:g}", found, large, small, strict=False))

@@ -10,8 +10,9 @@ from typing import Any
 from anyquant import __version__, ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, UsageError
+from anyquant.losses import mean_error
 from anyquant.report.detail import Detail, Losses, detail, losses
-from anyquant.report.matrices import Kind, Matrix, by_kind, hardest, matrices, parts, weighted_error
+from anyquant.report.matrices import Kind, Matrix, by_kind, hardest, matrices, parts
 from anyquant.reporting.as_json import plain
 from anyquant.reporting.environment import versions
 from anyquant.reporting.estimate import Estimate
@@ -77,13 +78,13 @@ class Facts:
 
     @property
     def error(self) -> Estimate | None:
-        """Relative squared error of the weights; see :func:`anyquant.report.matrices.weighted_error`."""
-        return weighted_error(self.matrices, "error")
+        """Relative squared error of the weights; see :func:`anyquant.losses.mean_error`."""
+        return mean_error([matrix.entry for matrix in self.matrices], "error")
 
     @property
     def output_error(self) -> Estimate | None:
         """The same of the outputs."""
-        return weighted_error(self.matrices, "output_error")
+        return mean_error([matrix.entry for matrix in self.matrices], "output_error")
 
     @property
     def weights(self) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from anyquant import ir
 from anyquant.checkpoint.names import layer_of
 from anyquant.errors import CorruptFileError
+from anyquant.losses import error_of
 from anyquant.reporting.estimate import Estimate
 
 WIDTHS = range(9)
@@ -60,15 +61,12 @@ class Matrix:
     @property
     def error(self) -> float:
         """Relative squared error of the weights."""
-        return self.entry.error or 0.0
+        return error_of(self.entry, "error") or 0.0
 
     @property
     def output_error(self) -> float | None:
-        """The same of the outputs; None where it is not known.
-
-        The manifest holds 0 for an expert that no token of the calibration reached.
-        """
-        return self.entry.output_error or (None if self.error else self.entry.output_error)
+        """The same of the outputs; None where it is not known."""
+        return error_of(self.entry, "output_error")
 
     @property
     def label(self) -> str:
@@ -173,24 +171,6 @@ def mean(values: Iterable[float], counts: Iterable[float] | None = None) -> Esti
         return Estimate(value, int(total))
     variance = float(n @ (x - value) ** 2) / (total - 1)
     return Estimate(value, int(total), float(np.sqrt(variance / total)))
-
-
-def weighted_error(found: Sequence[Matrix], key: str) -> Estimate | None:
-    """Mean of an error over matrices, each counted by its number of weights; with its standard error over matrices.
-
-    Args:
-        found: matrices.
-        key: "error" or "output_error".
-    """
-    known = [(getattr(m, key), m.entry.spec.numel) for m in found if getattr(m, key) is not None]
-    if not known:
-        return None
-    values, weights = (np.array(part, np.float64) for part in zip(*known, strict=True))
-    share = weights / weights.sum()
-    value, n = float(share @ values), len(values)
-    if n < 2:
-        return Estimate(value, n)
-    return Estimate(value, n, float(np.sqrt(share**2 @ (values - value) ** 2 * n / (n - 1))))
 
 
 def matrices(model: ir.Model) -> list[Matrix]:

@@ -20,7 +20,6 @@ from anyquant.reporting.estimate import Estimate
 from anyquant.validation import texts
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.metrics import compare_logits, log_normalizers, token_losses
-from anyquant.validation.settings import RELIABLE_WINDOW
 
 if TYPE_CHECKING:
     from anyquant.validation.runners.torch import TorchRunner
@@ -88,18 +87,17 @@ class Meter:
         text.check()
         self._checkpoint, self._text, self._progress, self._note = checkpoint, text, progress, note
         self._trust = trust_remote_code
-        self._windows = _cut(checkpoint, text, trust_remote_code)
-        count, length = self._windows.ids.shape
-        if length < RELIABLE_WINDOW:
-            note(
-                f"Windows have {length} tokens: neighbours depend on each other, and errors from windows of fewer than "
-                f"{RELIABLE_WINDOW} tokens are too small."
-            )
-        if count == 1:
-            note("There is a single window, so that no error can be given. Use a longer text.")
-        elif count < 8:
-            note(f"Errors from {count} windows are rough. Use more windows, or a longer text.")
-        self._boot = Bootstrap(count, text.resamples, text.seed)
+        self._windows, notes = texts.cut_text(
+            text.path,
+            _tokenizer(checkpoint, trust_remote_code),
+            checkpoint.config,
+            window=text.window,
+            windows=text.windows,
+            seed=text.seed,
+        )
+        for each in notes:
+            note(each)
+        self._boot = Bootstrap(len(self._windows.ids), text.resamples, text.seed)
         self._normalizers: list[Floats] = []
         self._losses: list[Floats] = []
 
@@ -186,15 +184,11 @@ class Meter:
             ) from error
 
 
-def _cut(checkpoint: Checkpoint, text: TextSettings, trust_remote_code: bool) -> texts.Windows:
-    """The windows of a text, as ``anyquant validate`` cuts them."""
-    content = texts.read_text(text.path)
+def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The model's own, by way of a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
         checkpoint.write_side_files(Path(folder))
-        tokenizer = texts.load_tokenizer(Path(folder), trust_remote_code)
-    length = min(text.window, texts.context_length(checkpoint.config) or text.window)
-    ids, leading = texts.token_ids(tokenizer, content), texts.leading_token(tokenizer)
-    return texts.cut_windows(ids, length, text.windows, seed=text.seed, leading=leading, name=str(text.path))
+        return texts.load_tokenizer(Path(folder), trust_remote_code)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from anyquant.planning import Job, Plan, forms_of, plan, predicted_loss
 from anyquant.reporting.environment import environment
 from anyquant.sweep.measure import Meter, TextSettings
 from anyquant.sweep.results import Point, Sweep
-from anyquant.validation.runners.protocol import RunnerSpec
+from anyquant.validation.runners.protocol import default_threads
 from anyquant.workfolder import WorkFolder, work_folder
 
 
@@ -99,7 +99,7 @@ def sweep(
         loss_unit="nats" if jobs[0].has_gradients else "relative",
         calibration=calibration_record(jobs[0].calibration, statistics) if statistics else None,
         data=meter.data() if meter else None,
-        environment=environment(RunnerSpec("", "checkpoint", "", 0).thread_count),
+        environment=environment(default_threads()),
         points=tuple(points),
         notes=tuple(notes),
         seconds=time.monotonic() - started,

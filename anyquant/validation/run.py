@@ -22,7 +22,7 @@ from anyquant.validation.report import write_report
 from anyquant.validation.results import ModelRow, TensorComparison, ValidationReport
 from anyquant.validation.runners import RunnerSpec, open_runner
 from anyquant.validation.runners.process import ProcessRunner
-from anyquant.validation.settings import RELIABLE_WINDOW, ValidationSettings
+from anyquant.validation.settings import ValidationSettings
 from anyquant.validation.sizes import ir_bytes, onnx_bytes
 from anyquant.validation.tensors import compare_export, compare_ir
 
@@ -72,28 +72,21 @@ class _Validation:
 
     def _cut_text(self) -> None:
         settings = self.settings
-        limit = texts.context_length(self.model.config)
-        length = min(settings.window, limit or settings.window)
-        ids = texts.token_ids(self.tokenizer, texts.read_text(settings.text))
-        leading = texts.leading_token(self.tokenizer)
-        self.windows = texts.cut_windows(
-            ids, length, settings.windows, seed=settings.seed, leading=leading, name=str(settings.text)
+        self.windows, notes = texts.cut_text(
+            settings.text,
+            self.tokenizer,
+            self.model.config,
+            window=settings.window,
+            windows=settings.windows,
+            seed=settings.seed,
         )
-        count = len(self.windows.ids)
-        if length < RELIABLE_WINDOW:
-            self.notes.append(
-                f"Windows have {length} tokens: neighbours depend on each other, and errors from windows of fewer than "
-                f"{RELIABLE_WINDOW} tokens are too small."
-            )
-        if count == 1:
-            self.notes.append("There is a single window, so that no error can be given. Use a longer text.")
-        elif count < 8:
-            self.notes.append(f"Errors from {count} windows are rough. Use a longer text.")
+        self.notes += notes
         prompt = texts.prompt_ids(self.tokenizer, settings.prompt) if settings.generate else []
-        room = (limit or len(prompt) + settings.generate) - len(prompt)
+        limit = texts.context_length(self.model.config) or len(prompt) + settings.generate
+        room = limit - len(prompt)
         self.answer_length = min(settings.generate, max(room, 0))
         self.prompt = prompt
-        self.context = max(length, len(prompt) + self.answer_length)
+        self.context = max(self.windows.ids.shape[1], len(prompt) + self.answer_length)
 
     def _specs(self) -> list[RunnerSpec]:
         settings = self.settings

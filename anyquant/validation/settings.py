@@ -9,8 +9,6 @@ from pathlib import Path
 from anyquant.errors import UsageError
 
 DEFAULT_PROMPT = "What is the capital of France?"
-RELIABLE_WINDOW = 512
-"""Tokens a window needs for the bootstrap over windows to be meaningful."""
 
 
 @dataclass(frozen=True)

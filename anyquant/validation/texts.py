@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from anyquant.errors import InputError, MissingDependency
 
+RELIABLE_WINDOW = 512
+"""Tokens a window needs for the bootstrap over windows to be meaningful."""
+_FEW_WINDOWS = 8
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
@@ -122,6 +125,41 @@ def cut_windows(
     if leading is not None:
         table = np.concatenate([np.full((len(table), 1), leading, dtype=np.int64), table], axis=1)
     return Windows(np.ascontiguousarray(table), len(ids), available, leading)
+
+
+def cut_text(
+    path: Path, tokenizer: Any, config: Mapping[str, Any], *, window: int, windows: int, seed: int
+) -> tuple[Windows, list[str]]:
+    """The windows of a text file that a model is measured on.
+
+    Args:
+        path: UTF-8 file.
+        tokenizer: of the model.
+        config: of the model; its context cuts ``window``.
+        window: tokens in each.
+        windows: at most this many.
+        seed: of the draw, where the text has more.
+
+    Returns:
+        The windows, and notes: how far errors from them can be trusted.
+
+    Raises:
+        InputError: the text cannot be read, or is shorter than one window.
+    """
+    length = min(window, context_length(config) or window)
+    ids, leading = token_ids(tokenizer, read_text(path)), leading_token(tokenizer)
+    found = cut_windows(ids, length, windows, seed=seed, leading=leading, name=str(path))
+    notes, count = [], len(found.ids)
+    if length < RELIABLE_WINDOW:
+        notes.append(
+            f"Windows have {length} tokens: neighbours depend on each other, and errors from windows of fewer than "
+            f"{RELIABLE_WINDOW} tokens are too small."
+        )
+    if count == 1:
+        notes.append("There is a single window, so that no error can be given. Use more windows, or a longer text.")
+    elif count < _FEW_WINDOWS:
+        notes.append(f"Errors from {count} windows are rough. Use more windows, or a longer text.")
+    return found, notes
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

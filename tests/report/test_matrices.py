@@ -11,6 +11,7 @@ import pytest
 
 from anyquant import ir
 from anyquant.errors import CorruptFileError
+from anyquant.losses import mean_error
 from anyquant.report.matrices import (
     by_kind,
     by_layer,
@@ -19,8 +20,8 @@ from anyquant.report.matrices import (
     mean,
     parts,
     unit_of,
-    weighted_error,
 )
+from anyquant.summary import mean_losses
 
 
 def test_kinds_and_layers(write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor]) -> None:
@@ -100,7 +101,7 @@ def test_means() -> None:
 
 def test_errors_count_by_weights(llama: ir.Model) -> None:
     found = matrices(llama)
-    error = weighted_error(found, "output_error")
+    error = mean_error([m.entry for m in found], "output_error")
     assert error is not None
     numel = [m.entry.spec.numel for m in found]
     values = [m.entry.output_error or 0 for m in found]
@@ -108,10 +109,10 @@ def test_errors_count_by_weights(llama: ir.Model) -> None:
     assert error.value == pytest.approx(value)
     # Of equal weights it is the standard error of a mean.
     equal = [m for m in found if m.kind == "q_proj"]
-    alike = weighted_error(equal, "error")
+    alike = mean_error([m.entry for m in equal], "error")
     assert alike is not None
     assert alike.error == pytest.approx(statistics.stdev([0.01, 0.02, 0.03]) / 3**0.5)
-    assert weighted_error([], "error") is None
+    assert mean_error([], "error") is None
 
 
 def test_an_expert_without_tokens_has_no_error_of_its_outputs(
@@ -119,14 +120,17 @@ def test_an_expert_without_tokens_has_no_error_of_its_outputs(
 ) -> None:
     names = [f"model.layers.0.mlp.experts.down_proj#{i}" for i in range(3)]
     losses = {names[0]: (0.1, 0.3), names[1]: (0.1, 0.0), names[2]: (0.0, 0.0)}
-    found = matrices(write({name: codebook((2, 9), [1, 2]) for name in names}, losses))
+    model = write({name: codebook((2, 9), [1, 2]) for name in names}, losses)
+    found = matrices(model)
     assert [m.output_error for m in found] == [0.3, None, 0.0]
     [kind] = by_kind(found)
     assert kind.output_error is not None
     assert kind.output_error.value == pytest.approx(0.15)
-    error = weighted_error(found, "output_error")
+    error = mean_error([m.entry for m in found], "output_error")
     assert error is not None
     assert error.n == 2
+    # What ``anyquant quantize`` says.
+    assert mean_losses(model) == {"error": pytest.approx(0.2 / 3), "output_error": error.value}
 
 
 @pytest.mark.parametrize("count", [1, 4, 20, 1000])

@@ -46,11 +46,11 @@ def test_equal_bytes_for_every_allocation(tool: ModuleType, tiny_llama: Path) ->
     checkpoint = open_checkpoint(str(tiny_llama))
     jobs = tool.jobs_of(checkpoint, Job("block", Target(bits=1.0)), [2, 5], [3.0, 6.5])
     assert [(j.allocation, j.target.bits) for j in jobs] == [
-        ("uniform", 2.25), ("model", 2.25), ("matrix", 2.25), ("uniform", 5.25), ("model", 5.25), ("matrix", 5.25),
-        ("model", 3.0), ("model", 6.5),
+        ("uniform", 2.25), ("model", 2.25), ("uniform", 5.25), ("model", 5.25), ("model", 3.0), ("model", 6.5),
     ]  # fmt: skip
-    assert plan(checkpoint, jobs[3]).model.quantized_bits == 5.25
+    assert plan(checkpoint, jobs[2]).model.quantized_bits == 5.25
     rows = tool.jobs_of(checkpoint, Job("skim", Target(bits=1.0)), [3], [])
+    assert [j.allocation for j in rows] == ["uniform", "model", "matrix"]
     uniform = plan(checkpoint, rows[0])
     assert {int(level) for levels in uniform.levels.values() for level in levels} == {3}
 
@@ -95,7 +95,7 @@ def test_a_small_run(
     captured = capsys.readouterr()
     data = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert code == (0 if data["passed"] else 1)
-    assert len(data["sweep"]["points"]) == 6
+    assert len(data["sweep"]["points"]) == 5
     assert "PASS: KL falls monotonically: 2 of 2 steps" in captured.out
     assert "bytes in" in captured.err
     assert run(tool, *arguments[:-6], "--text", tmp_path / "none") == 3

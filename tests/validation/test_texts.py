@@ -46,6 +46,27 @@ def test_a_short_text_is_refused_with_the_numbers() -> None:
         texts.cut_windows(range(300), 512, 16, name="notes.txt")
 
 
+@pytest.mark.parametrize(
+    ("window", "windows", "context", "length", "words"),
+    [
+        (600, 8, 4096, 600, []),
+        (600, 8, 77, 77, ["77 tokens"]),
+        (64, 8, None, 64, ["64 tokens"]),
+        (64, 7, None, 64, ["64 tokens", "7 windows are rough"]),
+        (600, 1, None, 600, ["single window"]),
+    ],
+)
+def test_notes_say_how_far_errors_can_be_trusted(
+    tmp_path: Path, window: int, windows: int, context: int | None, length: int, words: list[str]
+) -> None:
+    (tmp_path / "text").write_text("x" * 6000)
+    config = {"max_position_embeddings": context} if context else {}
+    found, notes = texts.cut_text(tmp_path / "text", Plain(), config, window=window, windows=windows, seed=1)
+    assert found.ids.shape == (windows, length)
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
 def test_read_text(tmp_path: Path) -> None:
     good = tmp_path / "good.txt"
     good.write_bytes("Größe\n".encode())

@@ -38,6 +38,12 @@ class Runner(Protocol):
         """Free the model."""
 
 
+def default_threads() -> int:
+    """Threads where none are asked for: OMP_NUM_THREADS, or the cores this process may use."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return int(limit) if limit.isdigit() and int(limit) else len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True)
 class RunnerSpec:
     """A runner to be opened, here or in another process.
@@ -62,11 +68,8 @@ class RunnerSpec:
 
     @property
     def thread_count(self) -> int:
-        """Threads, resolved: OMP_NUM_THREADS or the cores this process may use."""
-        if self.threads:
-            return self.threads
-        limit = os.environ.get("OMP_NUM_THREADS", "")
-        return int(limit) if limit.isdigit() and int(limit) else len(os.sched_getaffinity(0))
+        """Threads, resolved."""
+        return self.threads or default_threads()
 
 
 def open_runner(spec: RunnerSpec) -> Runner:
