@@ -85,7 +85,9 @@ def test_help_is_light() -> None:
     assert not names & HEAVY
 
 
-@pytest.mark.parametrize("module", ["anyquant.ir", "anyquant.errors", "anyquant.runtime.native", "anyquant.checkpoint"])
+@pytest.mark.parametrize(
+    "module", ["anyquant.ir", "anyquant.errors", "anyquant.runtime.native", "anyquant.checkpoint", "anyquant.summary"]
+)
 def test_light_modules_stay_light(module: str) -> None:
     assert not imported_by(f"import {module}") & HEAVY
 

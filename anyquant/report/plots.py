@@ -22,7 +22,7 @@ KIND_COLORS = (
 )  # fmt: skip
 MOST_KINDS = 10
 _BEFORE, _AFTER = "#94a3b8", "#2563eb"
-_TICKS = 300  # values of a row that can still be told apart
+TICKS = 300  # values of a row that can still be told apart
 
 
 def layered(found: Sequence[Matrix]) -> list[Kind]:
@@ -160,17 +160,20 @@ def distribution(found: Detail) -> str:
 
 
 def unit_values(unit: Unit) -> str:
-    """A row's weights, and the values that they became."""
+    """A row's weights, and the values that they became; of many values as many as can be told apart."""
     made, axes = figure()
-    after = f"{len(unit.values)} values after"
+    count = len(unit.values)
+    after = f"{count:,} values after"
+    shown = np.linspace(0, count - 1, min(count, TICKS)).round().astype(np.int64)
+    values = unit.values[shown]
     if unit.before is not None:
         axes.stairs(unit.before, unit.edges, fill=True, color=_BEFORE, alpha=0.55, label="weights before")
         top = float(unit.before.max())
-        axes.vlines(unit.values[:_TICKS], -0.06 * top, -0.01 * top, color=_AFTER, linewidth=0.9, label=after)
-        axes.vlines(unit.values[:_TICKS], 0, top, color=_AFTER, linewidth=0.4, alpha=0.45)
+        axes.vlines(values, -0.06 * top, -0.01 * top, color=_AFTER, linewidth=0.9, label=after)
+        axes.vlines(values, 0, top, color=_AFTER, linewidth=0.4, alpha=0.45)
         axes.set_ylabel("weights in a bin")
     else:
-        axes.vlines(unit.values[:_TICKS], 0, unit.counts[:_TICKS], color=_AFTER, linewidth=1.1, label=after)
+        axes.vlines(values, 0, unit.counts[shown], color=_AFTER, linewidth=1.1, label=after)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("weights with this value")
     axes.set_xlabel("weight")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from anyquant import ir
-from anyquant.report.facts import Facts, collect
+from anyquant.report.facts import SCHEMA, Facts, collect
 from anyquant.reporting.as_json import to_text
 from anyquant.reporting.words import number, size, with_error
-from anyquant.reporting.writing import write_files
+from anyquant.reporting.writing import prepare, write_files
 from anyquant.sweep.results import load_sweep
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
@@ -47,12 +47,13 @@ def report(settings: ReportSettings, progress: ir.Progress | None = None) -> Fac
         progress: called with (matrix, done, all) while matrices are read.
 
     Raises:
-        UsageError: there is no such matrix.
+        UsageError: there is no such matrix, or a report of another kind would be replaced.
         InputError: the model, the source or the sweep cannot be used.
         MachineError: the report cannot be written.
     """
     from anyquant.report.html import to_html
 
+    prepare(settings.output, JSON_NAME, SCHEMA)
     model = ir.open_ir(settings.model)
     sweep = load_sweep(settings.sweep) if settings.sweep else None
     source = None

@@ -13,17 +13,27 @@ from anyquant.reporting.estimate import Estimate
 from anyquant.reporting.figures import figure, label, svg
 from anyquant.reporting.markup import card_row, definitions, figure_row, no_plots, page, section, table
 from anyquant.reporting.words import DASH, if_known, number, size, with_error, words
-from anyquant.reporting.writing import write_files
-from anyquant.sweep.results import Point, Sweep
+from anyquant.reporting.writing import prepare, write_files
+from anyquant.sweep.results import SCHEMA, Point, Sweep
 
 JSON_NAME, HTML_NAME = "sweep.json", "sweep.html"
 COLORS = {"model": "#2563eb", "matrix": "#d97706", "uniform": "#64748b"}
 MARK = "#be123c"
 _ALLOCATIONS = {
     "model": "bits spread over the model",
-    "matrix": "bits spread in each matrix",
+    "matrix": "bits spread inside each matrix",
     "uniform": "the same bits everywhere",
 }
+
+
+def prepare_sweep(folder: Path) -> None:
+    """Find out before the sweep whether :func:`write_sweep` can write there.
+
+    Raises:
+        UsageError: a sweep.json of another kind would be replaced.
+        MachineError: the folder cannot be written.
+    """
+    prepare(folder, JSON_NAME, SCHEMA)
 
 
 def write_sweep(found: Sweep, folder: Path) -> None:
@@ -58,12 +68,11 @@ def sweep_text(found: Sweep) -> str:
     head = ["target", "bits", "size", "loss", "KL", "95 %", "ppl", "top-1 %"]
     rows = []
     for point in found.points:
-        error = f" ± {number(point.kl.error, 2)}" if point.kl and point.kl.error else ""
         known = [] if point.problem else [
             f"{point.bits:.3f}",
             size(point.nbytes or 0),
             DASH if point.loss is None else number(point.loss),
-            f"{number(point.kl.value)}{error}" if point.kl else DASH,
+            number(point.kl.value) if point.kl else DASH,
             _interval(point.kl),
             number(point.perplexity.value) if point.perplexity else DASH,
             number(100 * point.top1.value) if point.top1 else DASH,
@@ -72,10 +81,10 @@ def sweep_text(found: Sweep) -> str:
     used = [column for column in range(len(head)) if any(row[column] != DASH for row in rows)]
     lines = [text_table([head[c] for c in used], [[row[c] for c in used] for row in rows])]
     if found.data:
-        lines.append(f"{about(found)}; KL in nats per token, ± is one standard error")
+        lines.append(f"{about(found)}; KL in nats per token, with its 95 % interval")
     perplexity = found.model.get("perplexity")
     if isinstance(perplexity, Estimate):
-        lines.append(f"source: {size(found.model['bytes'])}, perplexity {with_error(perplexity)}")
+        lines.append(f"source: {size(found.model['bytes'])}, perplexity {with_error(perplexity)} (one standard error)")
     return "\n".join([*lines, *problems(found)])
 
 
@@ -137,9 +146,7 @@ def _plot(points: list[Point], key: str, title: str, mark: int | None, level: fl
             linewidth=1.2,
             capsize=3,
             color=COLORS.get(allocation, "#0f172a"),
-            label="the same bits everywhere"
-            if allocation == "uniform"
-            else label(f"bits spread over the {allocation}"),
+            label=label(_ALLOCATIONS.get(allocation, allocation)),
         )
         for (point, _), top in zip(values, high, strict=True):
             axes.annotate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 from anyquant.reporting.estimate import Estimate
 
@@ -48,5 +49,20 @@ def size(nbytes: int) -> str:
 
 
 def words(values: object, between: str = ": ") -> str:
-    """A dict as one line."""
-    return ", ".join(f"{k}{between}{v}" for k, v in values.items()) if isinstance(values, dict) else str(values)
+    """A dict as one line; what is in a dict inside stands under both names: "target bits: 3.25"."""
+    if isinstance(values, Mapping):
+        return ", ".join(f"{name}{between}{text}" for name, text in _flat(values)) or "none"
+    if isinstance(values, list | tuple):
+        return " ".join(f"({words(item)})" if isinstance(item, Mapping) else words(item) for item in values) or "none"
+    if values is None or isinstance(values, bool):
+        return {None: "none", True: "yes", False: "no"}[values]
+    return str(values)
+
+
+def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """(names on the way, text) of everything in nested dicts."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{name} {inner}", text) for inner, text in _flat(value))
+        else:
+            yield name, words(value)

@@ -13,13 +13,14 @@ from anyquant.errors import InputError
 from anyquant.gguf_container import map_file, parse
 from anyquant.reporting.environment import environment
 from anyquant.reporting.notes import another_source
+from anyquant.reporting.writing import prepare
 from anyquant.validation import texts
 from anyquant.validation.arithmetic import Arithmetic, gguf_arithmetic, onnx_arithmetic
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.gates import all_gates
 from anyquant.validation.measure import Pairs, Station, measure_window, perplexity, summarize
-from anyquant.validation.report import write_report
-from anyquant.validation.results import ModelRow, TensorComparison, ValidationReport
+from anyquant.validation.report import JSON_NAME, write_report
+from anyquant.validation.results import SCHEMA, ModelRow, TensorComparison, ValidationReport
 from anyquant.validation.runners import RunnerSpec, open_runner
 from anyquant.validation.runners.process import ProcessRunner
 from anyquant.validation.settings import ValidationSettings
@@ -37,12 +38,14 @@ def validate(settings: ValidationSettings, progress: ir.Progress | None = None) 
         progress: called with (what is being done, steps done, steps in all).
 
     Raises:
-        UsageError: the settings contradict each other.
+        UsageError: the settings contradict each other, or a report of another kind would be replaced.
         InputError: a file or the text cannot be used.
         MissingDependency: a runtime is not installed.
         MachineError: a runtime died, or the report cannot be written.
     """
     settings.check()
+    if settings.report is not None:
+        prepare(settings.report, JSON_NAME, SCHEMA)
     started = time.monotonic()
     run = _Validation(settings, progress or (lambda what, done, total: None))
     report = run.report(started)

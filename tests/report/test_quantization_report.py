@@ -18,9 +18,10 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import CorruptFileError, InputError, MachineError, UsageError
 from anyquant.pipeline import run
 from anyquant.planning import Job, Target, plan
+from anyquant.report.detail import Unit
 from anyquant.report.facts import HARDEST, Facts, collect
 from anyquant.report.html import to_html
-from anyquant.report.plots import bits_heat
+from anyquant.report.plots import TICKS, bits_heat, unit_values
 from anyquant.report.run import ReportSettings, report, report_text
 from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Sweep
@@ -108,6 +109,7 @@ def test_the_page_is_whole_and_self_contained(facts: Facts, check_page: Callable
     assert f"{facts.model.quantized_bits:.4f}" in page
     assert f"{facts.nbytes:,}" in page
     assert facts.weights in page
+    assert "outliers: 0.0, target bits: 3.0" in page
     assert "99 model: too many &lt;script" in page
 
 
@@ -240,6 +242,45 @@ def test_files_are_replaced_and_text_is_short(
         report(replace(settings, output=tmp_path / "file"))
 
 
+def test_a_report_that_cannot_be_written_is_refused_first(
+    llama: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert llama.path is not None
+    monkeypatch.setattr(ir, "open_ir", lambda _: pytest.fail("the work was begun"))
+    (tmp_path / "report.json").write_text('{"schema": "anyquant.validation/1"}')
+    with pytest.raises(UsageError, match=r"its schema is 'anyquant\.validation/1', not 'anyquant\.report/1'"):
+        report(ReportSettings(llama.path, tmp_path))
+    with pytest.raises(MachineError, match="cannot write the report"):
+        report(ReportSettings(llama.path, tmp_path / "report.json" / "deep"))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("count", [3, 300, 1000])
+@pytest.mark.parametrize("with_source", [True, False])
+def test_many_values_of_a_row_are_thinned_evenly(
+    count: int, with_source: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes_module = pytest.importorskip("matplotlib.axes")
+    drawn: list[Any] = []
+    vlines = axes_module.Axes.vlines
+
+    def kept(self: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        drawn.append(x)
+        return vlines(self, x, *rest, **options)
+
+    monkeypatch.setattr(axes_module.Axes, "vlines", kept)
+    values = np.linspace(-2, 5, count).astype(np.float32)
+    before = np.ones(48, np.int64) if with_source else None
+    unit = Unit(0, 8, None, values, np.ones(count, np.int64), np.linspace(-2, 5, 49), before)
+    page = unit_values(unit)
+    assert f"<!-- {count:,} values after -->" in page  # matplotlib names every text in a comment
+    for x in drawn:
+        assert len(x) == min(count, TICKS)
+        assert (x[0], x[-1]) == (values[0], values[-1])
+        assert np.diff(x).max() <= 2 * np.diff(x).min() + 1e-5
+    assert len(drawn) == (2 if with_source else 1)
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_the_verb(invoke: Callable[..., Any], tiny_llama: Path, tmp_path: Path) -> None:
     ir_folder, output = tmp_path / "ir", tmp_path / "report"
@@ -252,8 +293,13 @@ def test_the_verb(invoke: Callable[..., Any], tiny_llama: Path, tmp_path: Path) 
     assert f"wrote {output}" in invoke("report", ir_folder, "-o", output).out.replace("\n  ", " ")
     assert invoke("report", ir_folder, "-o", output, "--matrix", "nothing").code == 2
     assert invoke("report", ir_folder).code == 2
+    assert invoke("report", ir_folder, "-o", output / "report.json").code == 6
     assert invoke("report", tiny_llama, "-o", output).code == 3
     assert invoke("report", ir_folder, "-o", output, "--source", tmp_path / "none").code == 3
+    (tmp_path / "report.json").write_text('{"schema": "anyquant.validation/1"}')
+    result = invoke("report", ir_folder, "-o", tmp_path)
+    assert result.code == 2
+    assert "would be replaced" in result.err
     wrong = tmp_path / "sweep.json"
     wrong.write_text('{"schema": "anyquant.validation/1"}')
     result = invoke("report", ir_folder, "-o", output, "--sweep", wrong, "--json")

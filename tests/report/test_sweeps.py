@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from anyquant.report.sweeps import sweep_page, sweep_plots, sweep_text, write_sweep
+from anyquant.errors import MachineError, UsageError
+from anyquant.report.sweeps import prepare_sweep, sweep_page, sweep_plots, sweep_text, write_sweep
+from anyquant.reporting.estimate import Estimate
 from anyquant.reporting.words import DASH
 from anyquant.sweep import Sweep, load_sweep
 
@@ -19,10 +21,48 @@ def test_the_table_fits_80_columns(sweep_found: Sweep) -> None:
     text = sweep_text(one)
     table = text.splitlines()[:5]
     assert max(map(len, table)) <= 80
-    assert " ".join(table[2].split()) == "2.5 2.500 25.0 MB 0.120 0.400 ± 0.010 0.380..0.420 23.6 90.0"
+    assert " ".join(table[2].split()) == "2.5 2.500 25.0 MB 0.120 0.400 0.380..0.420 23.6 90.0"
     assert table[4].split() == ["99", *[DASH] * 7]
     assert "99: too many" in text
     assert "source: 100 MB, perplexity 19.0 ± 1.0" in text
+
+
+def test_small_losses_fit_80_columns(sweep_found: Sweep) -> None:
+    kl, perplexity = Estimate(0.00523, 900, 2.1e-4, 0.00483, 0.00564), Estimate(12345.6, 900, 99.0, 12000.0, 12900.0)
+    points = [replace(p, bits=3.251, nbytes=123_456_789, loss=5.23e-4, kl=kl) for p in sweep_found.points[:4]]
+    points[1] = replace(points[1], kl=Estimate(5.23e-5, 900, 2.1e-6, 4.83e-5, 5.64e-5), perplexity=perplexity)
+    points[2] = replace(points[2], target={"bits": 3.25, "allocation": "uniform"})
+    lines = sweep_text(replace(sweep_found, points=tuple(points))).splitlines()[:6]
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split()[6:8] == ["0.00523", "0.00483..0.00564"]
+    assert lines[3].split()[6:8] == ["5.23e-5", "4.83e-5..5.64e-5"]
+    assert "±" not in "".join(lines)
+
+
+def test_lines_are_named_after_their_allocation(sweep_found: Sweep) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = sweep_plots(sweep_found)["Size and distance to the source"]  # a comment names every text
+    assert "<!-- bits spread over the model -->" in drawn
+    assert "<!-- the same bits everywhere -->" in drawn
+
+
+def test_a_sweep_is_prepared(sweep_found: Sweep, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    prepare_sweep(folder)
+    assert not folder.parent.exists()
+    write_sweep(sweep_found, folder)
+    prepare_sweep(folder)
+    (folder / "sweep.json").write_text('{"schema": "another/1"}')
+    with pytest.raises(UsageError, match=r"sweep\.json would be replaced"):
+        prepare_sweep(folder)
+    with pytest.raises(MachineError, match="cannot write the report"):
+        prepare_sweep(folder / "sweep.json" / "c")
+
+
+def test_settings_inside_settings_are_words(sweep_found: Sweep) -> None:
+    settings = {"outliers": 0.0, "target": {"bits": 3.25, "allocation": "model"}, "skip": []}
+    page = sweep_page(replace(sweep_found, settings=settings))
+    assert "outliers: 0.0, target bits: 3.25, target allocation: model, skip: none" in page
 
 
 def test_allocations_are_named_where_there_are_several(sweep_found: Sweep) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from anyquant.reporting.as_json import plain
 from anyquant.reporting.estimate import Estimate
-from anyquant.reporting.words import number, size, with_error
+from anyquant.reporting.words import number, size, with_error, words
 
 NAN = float("nan")
 
@@ -40,6 +40,21 @@ def test_errors_cut_the_digits() -> None:
 
 def test_sizes() -> None:
     assert [size(n) for n in (1_500, 91_727_360, 2_345_000_000)] == ["1.5 kB", "91.7 MB", "2.35 GB"]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, "none"),
+        ({"a": 1, "b": "x"}, "a: 1, b: x"),
+        ({"a": {"b": {"c": 0.5}, "d": {}}, "e": True, "f": None}, "a b c: 0.5, a d: none, e: yes, f: none"),
+        ({"a": [1, "x", {"b": False}], "c": ()}, "a: 1 x (b: no), c: none"),
+        ("as it is", "as it is"),
+    ],
+)
+def test_settings(values: object, text: str) -> None:
+    assert words(values) == text
+    assert words({"numpy": "2.4", "torch": "2.13"}, " ") == "numpy 2.4, torch 2.13"
 
 
 def test_numpy_numbers_and_paths_become_json() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from anyquant.errors import CorruptFileError, InputError, UsageError, ValidationFailed
+from anyquant.errors import CorruptFileError, InputError, MachineError, UsageError, ValidationFailed
 from anyquant.reporting.estimate import Estimate
 from anyquant.validation import ValidationReport, ValidationSettings, validate
 from anyquant.validation.arithmetic import Arithmetic
@@ -166,6 +166,24 @@ def test_refusals_before_anything_is_loaded(
         validate(replace(settings, gguf=short))
     with pytest.raises(InputError):
         validate(replace(settings, model=tmp_path))
+
+
+def test_a_report_that_cannot_be_written_is_refused_first(
+    settings: ValidationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anyquant.validation.run._Validation", lambda *_: pytest.fail("the work was begun"))
+    (tmp_path / "report.json").write_text('{"schema": "anyquant.report/1"}')
+    with pytest.raises(UsageError, match=r"its schema is 'anyquant\.report/1', not 'anyquant\.validation/1'"):
+        validate(replace(settings, report=tmp_path))
+    with pytest.raises(MachineError, match="cannot write the report"):
+        validate(replace(settings, report=tmp_path / "report.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_nothing_is_left_of_a_report_that_was_not_made(settings: ValidationSettings, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        validate(replace(settings, text=tmp_path / "none", report=tmp_path / "deep" / "report"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
