@@ -18,8 +18,6 @@ LevelArray = NDArray[np.uint8]
 Assignment = list[LevelArray]
 """Of each matrix the level of every unit, uint8 [units]."""
 
-_FILL = 4096  # upgrades tried one by one with what is left
-
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -115,32 +113,33 @@ def walk(tables: Sequence[Table]) -> Walk:
     return Walk(units, unit[order], previous[order], level[order])
 
 
-def allocate(tables: Sequence[Table], fits: Callable[[Assignment], bool], *, fill: bool = True) -> Assignment:
+def allocate(tables: Sequence[Table], fits: Callable[[Assignment], bool], misses: int = 4096) -> Assignment:
     """One budget for all matrices: as far along the walk as ``fits`` allows.
 
     Args:
         tables: what each matrix can choose from.
         fits: whether an assignment meets the budget; must hold for level 0 everywhere, and never begin to hold again
             after an upgrade has broken it.
-        fill: whether to spend what is left on later, smaller upgrades, at a call of ``fits`` each.
+        misses: how many later, smaller upgrades may be tried in vain, at a call of ``fits`` each, to spend what is
+            left.
 
     Returns:
-        The longest prefix of the upgrades that fits, found by bisection; with ``fill`` also every later upgrade that
-        still fits, in order.
+        The longest prefix of the upgrades that fits, found by bisection, and then every later upgrade that still
+        fits, in order, until ``misses`` units could take no more.
     """
     steps = walk(tables)
     low = _bisect(len(steps.unit), lambda count: fits(steps.after(count)))
     levels = np.concatenate(steps.after(low))
     blocked: set[int] = set()
-    for unit, level in zip(steps.unit[low:].tolist(), steps.level[low:].tolist(), strict=True) if fill else ():
+    for unit, level in zip(steps.unit[low:].tolist(), steps.level[low:].tolist(), strict=True):
+        if len(blocked) >= min(len(levels), misses):
+            break
         if unit in blocked:
             continue
         before, levels[unit] = levels[unit], level
         if not fits(steps.split(levels)):
             levels[unit] = before
             blocked.add(unit)
-            if len(blocked) >= min(len(levels), _FILL):
-                break
     return steps.split(levels)
 
 

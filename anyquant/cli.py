@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from anyquant import __version__
-from anyquant.console import Group, Output, Resumable, Size, run
+from anyquant.console import Group, Output, Size, run
+from anyquant.errors import Interrupted, UsageError
 
 MODEL = click.argument("model", metavar="MODEL")
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -44,7 +45,12 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--size", type=Size(), metavar="S", help="Most bytes of the model, such as 75MiB."),
             click.option(
-                "--for", "size_of", default="ir", show_default=True, help="--size of the ir, gguf or onnx files."
+                "--for",
+                "size_of",
+                default="ir",
+                show_default=True,
+                metavar="FORMAT",
+                help="--size of the ir, gguf or onnx files.",
             ),
         ]
     ):
@@ -60,7 +66,8 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--allocation",
                 type=click.Choice(["model", "matrix", "uniform"]),
-                help="Who shares a budget: the model, each matrix; or one width for all.",
+                help="Who shares a budget: the model, each matrix; or one width for all.  [model; matrix with "
+                "--importance activation]",
             ),
             click.option("--block", type=click.Choice(["16", "32"]), help="block: block length.  [32]"),
             click.option("--outliers", type=float, metavar="PERCENT", help="skim: weights kept in FP16.  [0]"),
@@ -69,7 +76,7 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
                 default="self",
                 show_default=True,
                 metavar="TEXT",
-                help="Text to weight errors by: a file, a dataset id, or self.",
+                help="skim: text to weight errors by: a file, a dataset id, or self.",
             ),
             click.option("--calib-windows", type=int, default=32, show_default=True, help="Windows of that text."),
             click.option("--calib-window", type=int, default=256, show_default=True, help="Tokens per window."),
@@ -106,8 +113,24 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+_CALIBRATION = ("calib", "calib_windows", "calib_window", "importance")
+
+
+def _refuse(options: Iterable[str], why: str) -> None:
+    """Refuse options that were given, but would change nothing.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    context = click.get_current_context()
+    for name in options:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
+
+
 def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest: Any) -> Any:
     from anyquant.calibration import CalibrationSettings
+    from anyquant.methods import get_method
     from anyquant.planning import Job, Target
 
     options: dict[str, Any] = {}
@@ -115,6 +138,8 @@ def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest
         options["block"] = int(rest["block"])
     if rest["outliers"] is not None:
         options["outliers"] = rest["outliers"]
+    if not get_method(method).needs_statistics:
+        _refuse(_CALIBRATION, f"has no meaning for the method {method}, which needs no text.")
     workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
     target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
     calibration = CalibrationSettings(
@@ -132,15 +157,28 @@ def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest
 
 
 @contextmanager
-def _work(checkpoint: Any, job: Any, path: Path, *, resume: bool, keep: bool) -> Iterator[Any]:
-    """The work folder of a job; an interruption says how to go on."""
+def _work(
+    checkpoint: Any, job: Any, path: Path | None, out: Output, *, resume: bool | None = None, keep: bool = True
+) -> Iterator[Any]:
+    """The work folder of a job; a temporary one without a path. What the calibration found is told at the end.
+
+    ``resume`` is None for verbs that go on by themselves when they are repeated.
+    """
+    import tempfile
+
     from anyquant.workfolder import work_folder
 
-    with work_folder(path, job.identity(checkpoint), resume=resume, keep=keep) as work:
+    with ExitStack() as stack:
+        kept = path or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anyquant-"))) / "work"
         try:
-            yield work
+            with work_folder(kept, job.identity(checkpoint), resume=bool(resume), keep=keep) as work:
+                yield work
+                for note in work.notes():
+                    out.note(f"calibration: {note}")
         except KeyboardInterrupt:
-            raise Resumable from None
+            if path is None:
+                raise
+            raise Interrupted(str(path), resume=resume is not None) from None
 
 
 def _open(model: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -205,9 +243,8 @@ def plan(out: Output, model: str, revision: str | None, trust_remote_code: bool,
 
     work_dir = options.pop("work_dir")
     checkpoint, job = _open(model, revision, trust_remote_code), _job(**options)
-    with out.progress("measuring") as progress, ExitStack() as stack:
-        work = stack.enter_context(_work(checkpoint, job, work_dir, resume=False, keep=True)) if work_dir else None
-        planned = work_out(checkpoint, job, work, progress)
+    with _work(checkpoint, job, work_dir, out) as work, out.progress("measuring") as progress:
+        planned = work_out(checkpoint, job, work, progress, out.note)
     data = plan_data(planned)
     out.result(data, lambda: plan_text(data))
 
@@ -247,19 +284,18 @@ def sweep(
     Example: anyquant sweep SmolLM2.gguf --method skim --targets 2.5,3,3.25,4
                --text text.txt --report sizes
     """
-    from anyquant.report.sweeps import sweep_text, write_sweep
+    from anyquant.report.sweeps import prepare_sweep, sweep_text, write_sweep
     from anyquant.sweep import TextSettings
     from anyquant.sweep import sweep as sweep_over
-    from anyquant.workfolder import work_folder
 
+    if text is None:
+        _refuse(["windows", "window"], "has no meaning without --text.")
+    if report:
+        prepare_sweep(report)
     checkpoint = _open(model, revision, trust_remote_code)
     jobs = [_job(bits=bits, size=None, size_of="ir", **options) for bits in targets]
     measured = TextSettings(text, windows, window, options["seed"]) if text else None
-    with out.progress("sweeping") as progress, ExitStack() as stack:
-        work = None
-        if work_dir:
-            kept = work_folder(work_dir, jobs[0].identity(checkpoint), resume=False, keep=True)
-            work = stack.enter_context(kept)
+    with _work(checkpoint, jobs[0], work_dir, out) as work, out.progress("sweeping") as progress:
         found = sweep_over(
             checkpoint, jobs, work, measured, trust_remote_code=trust_remote_code, progress=progress, note=out.note
         )
@@ -297,13 +333,14 @@ def quantize(
     from anyquant.planning import plan as work_out
     from anyquant.summary import mean_losses, plan_data, quantized_text
 
-    ir.refuse_existing(output)
+    if not resume:
+        ir.refuse_existing(output)
     checkpoint, job = _open(model, revision, trust_remote_code), _job(**options)
     with ExitStack() as stack:
         work = None
         if work_dir or resume or job.needs_statistics:
             beside = output.with_name(output.name + ".work")
-            folder = _work(checkpoint, job, work_dir or beside, resume=resume, keep=work_dir is not None)
+            folder = _work(checkpoint, job, work_dir or beside, out, resume=resume, keep=work_dir is not None)
             work = stack.enter_context(folder)
         with out.progress("measuring") as progress:
             planned = work_out(checkpoint, job, work, progress)
@@ -335,6 +372,8 @@ def report(out: Output, folder: Path, output: Path, **options: Any) -> None:
     from anyquant.report.run import report as write
     from anyquant.runtime import native
 
+    if options["source"] is None:
+        _refuse(["revision", "trust_remote_code"], "has no meaning without --source.")
     native.install()
     with out.progress("reading") as progress:
         facts = write(ReportSettings(folder, output, **options), progress)
@@ -408,7 +447,7 @@ def validate(out: Output, folder: Path, prompt: str | None, **options: Any) -> N
 
     \b
     Example: anyquant validate small --source SmolLM2.gguf --text text.txt
-               --gguf small.gguf --onnx small-onnx --report report
+               --gguf small.gguf --onnx small-onnx --report validation
     """
     from anyquant.runtime import native
     from anyquant.validation import ValidationSettings, format_table

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anyquant.errors import AnyquantError, InputError, MachineError, UsageError, ValidationFailed
+from anyquant.errors import AnyquantError, InputError, Interrupted, MachineError, UsageError, ValidationFailed
 
 if TYPE_CHECKING:
     from anyquant import ir
@@ -43,10 +43,6 @@ class Size(click.ParamType[int]):
         return size
 
 
-class Resumable(KeyboardInterrupt):
-    """Interrupted, and what was done is kept."""
-
-
 def _wrapped(line: str) -> str:
     """A line cut at words to the terminal's width; coloured lines are cut already."""
     width = shutil.get_terminal_size().columns
@@ -66,16 +62,19 @@ class Output:
     def __init__(self, as_json: bool, quiet: bool) -> None:
         """Remember the two switches."""
         self.as_json, self.quiet = as_json, quiet
+        self._notes: list[str] = []
 
     def result(self, data: dict[str, Any], text: Callable[[], str]) -> None:
-        """The verb's result: JSON, or the text that ``text`` makes."""
+        """The verb's result: JSON, with the notes, or the text that ``text`` makes."""
         if self.as_json:
+            data = {"notes": self._notes, **data} if self._notes else data
             click.echo(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
         elif not self.quiet:
             click.echo("\n".join(map(_wrapped, text().splitlines())))
 
     def note(self, text: str) -> None:
-        """Something to know before the result is there, on stderr."""
+        """Something to know beside the result, on stderr."""
+        self._notes.append(text)
         if not self.quiet:
             click.echo(text, err=True)
 
@@ -155,12 +154,12 @@ def run(cli: click.Command) -> None:
         fail(f"{error.format_message()}\n{usage}{hint.strip()}", UsageError.exit_code)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
-    except Resumable:
-        on = [] if "--resume" in sys.argv else ["--resume"]
-        fail(f"interrupted; what was done is kept. To go on: {shlex.join(['anyquant', *sys.argv[1:], *on])}", 130)
     except (click.Abort, KeyboardInterrupt):
         again = shlex.join(["anyquant", *sys.argv[1:]])
         fail(f"interrupted; nothing unfinished was left. To do it again: {again}", 130)
+    except Interrupted as error:
+        on = ["--resume"] if error.resume and "--resume" not in sys.argv else []
+        fail(f"{error} To go on: {shlex.join(['anyquant', *sys.argv[1:], *on])}", error.exit_code)
     except ValidationFailed as error:
         fail(str(error), error.exit_code, document=False)  # the report is the document
     except AnyquantError as error:

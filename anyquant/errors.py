@@ -12,7 +12,9 @@
     +-- MissingDependency        5  an optional package is not installed
     +-- MachineError             6  disk, memory or GPU
 
-130 is Ctrl-C. A message says what, where (tensor, index), the numbers, and the next step.
+    +-- Interrupted            130  Ctrl-C in a run that can be gone on with
+
+Any other Ctrl-C is 130 too. A message says what, where (tensor, index), the numbers, and the next step.
 """
 
 from __future__ import annotations
@@ -96,3 +98,18 @@ class MachineError(AnyquantError):
     """Disk, memory or GPU is not sufficient."""
 
     exit_code = 6
+
+
+class Interrupted(AnyquantError):
+    """Ctrl-C, and what was done is kept.
+
+    Attributes:
+        resume: whether the command goes on with the option --resume; else just when it is repeated.
+    """
+
+    exit_code = 130
+
+    def __init__(self, kept: str, *, resume: bool) -> None:
+        """Say where it is kept."""
+        super().__init__(f"interrupted; what was done is kept in {kept}.")
+        self.resume = resume

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anyquant import ir
-from anyquant.calibration.settings import DOCUMENTS, SAMPLED_TOKENS
+from anyquant.calibration.settings import DOCUMENTS, LEARNED_TOKENS, SAMPLED_TOKENS
 from anyquant.checkpoint import Checkpoint
 from anyquant.forms import Forms
 
 if TYPE_CHECKING:
-    from anyquant.planning import Job, Plan
+    from anyquant.planning import Job
 
 # Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
 # million weights at a time; transformers with torch, which make the tokenizer files of a GGUF source; and torch with a
 # model of no weights, on which a calibration runs.
 _BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 350 << 20
 _SAMPLE_ROWS = 16
+STAGES = ("calibration", "errors", "quantizing")
 _DRAWING = 24  # bytes for each logit that a token is drawn from: FP32, its probability, the FP64 sums
+_SAMPLING = 5  # a token drawn after the other takes so much longer than tokens of a text
+_REST = 2.0  # all that is no product of large matrices, as a factor
 _MULTIPLY = 512  # side of the matrices by which the speed of products is measured
 
 
@@ -40,15 +44,13 @@ def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model)
 
 
 def _calibration_memory(checkpoint: Checkpoint, job: Job) -> int:
-    """Sampling text from the model needs the model; statistics need a block of it and two copies of the states."""
+    """Sampling text from the model needs the model; statistics need a block of it and some copies of the states."""
     weights = sum(4 * prod(info.shape) for info in checkpoint.tensors.values())
     layers = max(1, _size(checkpoint, "num_hidden_layers", "n_layer"))
     hidden = _size(checkpoint, "hidden_size", "n_embd")
     tokens = job.calibration.windows * job.calibration.window
-    states = 2 * 4 * hidden * tokens
+    states = (5 if job.has_gradients else 2) * 4 * hidden * tokens
     embeddings = sum(4 * prod(checkpoint.tensors[name].shape) for name in checkpoint.embeddings())
-    if job.calibration.importance == "fisher":
-        states += states // 2 * layers
     needed = embeddings + 3 * (weights - embeddings) // layers + states
     if job.calibration.source == "self":
         heads = _size(checkpoint, "num_attention_heads", "n_head")
@@ -65,23 +67,23 @@ def _size(checkpoint: Checkpoint, *keys: str) -> int:
     return next((int(checkpoint.config[key]) for key in keys if checkpoint.config.get(key)), 0)
 
 
-def seconds(planned: Plan) -> dict[str, float]:
+def seconds(checkpoint: Checkpoint, job: Job, forms: Forms, stages: Collection[str] = STAGES) -> dict[str, float]:
     """Stage -> seconds that it may take here, on as many threads as the job has workers; takes half a second itself."""
-    from anyquant.planning import forms_of
-
-    job, forms = planned.job, forms_of(planned.checkpoint, planned.job)
     rows: Counter[int] = Counter()
     for out, columns in forms.shapes:
         rows[columns] += out
     rates = {columns: _row_seconds(forms, columns) for columns in rows}
     measuring, quantizing = (sum(count * rates[columns][i] for columns, count in rows.items()) for i in (0, 1))
-    stages = {}
-    if job.needs_statistics:
-        stages["calibration"] = _calibration_seconds(planned.checkpoint, job)
-    if planned.measured:
-        stages["measuring errors"] = measuring / job.workers
-    stages["quantizing"] = quantizing / job.workers
-    return stages
+    found = {"errors": measuring / job.workers, "quantizing": quantizing / job.workers}
+    if job.needs_statistics and "calibration" in stages:
+        found["calibration"] = _calibration_seconds(checkpoint, job)
+    return {stage: found[stage] for stage in STAGES if stage in stages and stage in found}
+
+
+def in_words(stages: dict[str, float]) -> str:
+    """ "roughly 190 s (calibration 170, errors 20)"."""
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
+    return f"roughly {sum(stages.values()):.0f} s ({parts})"
 
 
 def _row_seconds(forms: Forms, columns: int) -> tuple[float, float]:
@@ -108,9 +110,10 @@ def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
     start = time.perf_counter()
     a @ a
     rate = 2 * _MULTIPLY**3 / (time.perf_counter() - start)
-    tokens = job.calibration.windows * job.calibration.window
-    shapes = [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
+    settings, shapes = job.calibration, [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
+    tokens = settings.windows * settings.window
+    learned = {"activation": 0, "gradient": min(tokens, LEARNED_TOKENS), "fisher": tokens}[settings.importance]
+    sampled = tokens if settings.source == "self" else 0
     forward = sum(2 * out * columns for out, columns in shapes)
     moments = sum(2 * columns**2 for _, columns in shapes) / 2  # q, k and v, or gate and up, share theirs
-    passes = 1 + 3 * (job.calibration.importance == "fisher") + (job.calibration.source == "self")
-    return tokens * (passes * forward + moments) / rate
+    return ((tokens + 4 * learned + _SAMPLING * sampled) * forward + tokens * moments) * _REST / rate

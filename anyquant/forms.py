@@ -77,6 +77,11 @@ class Forms:
             for name, shape, levels in zip(self.names, self.shapes, chosen, strict=True)
         }
 
+    @property
+    def whole(self) -> bool:
+        """Whether a matrix has one level as a whole, and not one for each row."""
+        return all(levels.units == 1 for levels in self.levels)
+
     def costs(self, count: str) -> list[tuple[int, ...]]:
         """Of each matrix what a unit counts at each level: all bytes, or codes alone."""
         return [levels.nbytes if count == "all" else levels.code_bytes for levels in self.levels]

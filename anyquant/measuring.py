@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from anyquant import ir
 from anyquant.calibration import CalibrationSettings, Statistics, calibrate
 from anyquant.checkpoint import Checkpoint
+from anyquant.estimates import in_words, seconds
 from anyquant.forms import Forms
 from anyquant.workers import in_order
 
@@ -50,9 +51,16 @@ def with_calibration(model: ir.Model, settings: CalibrationSettings, statistics:
 
 
 def measure(
-    checkpoint: Checkpoint, job: Job, forms: Forms, work: WorkFolder | None, progress: ir.Progress | None = None
+    checkpoint: Checkpoint,
+    job: Job,
+    forms: Forms,
+    work: WorkFolder | None,
+    progress: ir.Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[np.ndarray]:
     """Of each matrix the errors float64 [units, levels]; see :meth:`anyquant.methods.Method.errors`.
+
+    ``note`` is told how long it will take, unless all of it is in the work folder.
 
     Raises:
         NonFiniteError: a weight holds NaN or Inf.
@@ -60,9 +68,9 @@ def measure(
     known: dict[str, np.ndarray | None] = {}
     for index, (name, levels) in enumerate(zip(forms.names, forms.levels, strict=True)):
         known[name] = work.table(index, name, (levels.units, levels.count)) if work else None
-    if all(table is not None for table in known.values()):
-        return [table for table in known.values() if table is not None]
-
+    if note and any(table is None for table in known.values()):
+        stages = seconds(checkpoint, job, forms, ("calibration", "errors"))
+        note(f"Bits go where measured errors say: {in_words(stages)}. --work-dir keeps them for other targets.")
     with statistics_of(checkpoint, job, forms.names, work, progress) as statistics:
 
         def unit(name: str) -> np.ndarray:
@@ -80,4 +88,20 @@ def measure(
             tables.append(table)
             if progress:
                 progress(name, index + 1, len(forms.names))
+        if statistics and job.has_gradients:
+            return _comparable(tables, [statistics.has_gradient(name) for name in forms.names])
     return tables
+
+
+def _comparable(tables: list[np.ndarray], learned: list[bool]) -> list[np.ndarray]:
+    """All tables in nats: a matrix of which no gradient is known counts as much for a row as the median matrix.
+
+    Its own errors are relative; what they are scaled to is the error that a row has at its first level.
+    """
+    rows = [float(table[:, 0].mean()) for table in tables]
+    known = [mean for mean, graded in zip(rows, learned, strict=True) if graded and mean > 0]
+    typical = float(np.median(known)) if known else 1.0
+    return [
+        table if graded or mean <= 0 else table * (typical / mean)
+        for table, mean, graded in zip(tables, rows, learned, strict=True)
+    ]

@@ -33,7 +33,8 @@ def run(
         output: the folder to make.
         work: keeps every finished matrix, and the statistics.
         progress: called after each tensor.
-        resume: whether to take matrices from the work folder that an interrupted run has finished.
+        resume: whether to take matrices from the work folder that an interrupted run has finished, or the folder
+            itself where it came to its end.
 
     Raises:
         NonFiniteError: a weight holds NaN or Inf.
@@ -42,7 +43,8 @@ def run(
     """
     checkpoint, job = planned.checkpoint, planned.job
     output = Path(output)
-    ir.refuse_existing(output)
+    if not resume:
+        ir.refuse_existing(output)
     names = list(planned.levels)
     if work:
         work.begin_tensors(job.recorded_target(), resume=resume)
@@ -50,6 +52,9 @@ def run(
             remove_leftovers(output)
     with statistics_of(checkpoint, job, names, work, progress) as statistics:
         model = with_calibration(planned.model, job.calibration, statistics)
+        done = _finished(model, output) if resume else None
+        if done is not None:
+            return done
 
         def unit(name: str) -> tuple[ir.Tensor, ir.Loss | None]:
             entry = model.entries[name]
@@ -69,6 +74,20 @@ def run(
         return ir.write_ir(
             output, model, lambda name: next(results), write_side_files=checkpoint.write_side_files, progress=progress
         )
+
+
+def _finished(model: ir.Model, output: Path) -> ir.Model | None:
+    """The folder that a killed run had made already; None where there is none.
+
+    Raises:
+        UsageError: there is something else.
+    """
+    if (output / ir.MANIFEST).is_file():
+        found = ir.open_ir(output)
+        if ir.same_plan(found, model):
+            return found
+    ir.refuse_existing(output)
+    return None
 
 
 def dequantized(planned: Plan, statistics: Statistics | None) -> Iterator[tuple[str, NDArray[np.float32]]]:

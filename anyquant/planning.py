@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from anyquant.workfolder import WorkFolder
 
 ALLOCATIONS = ("model", "matrix", "uniform")
-_TOLERANCE = 0.01  # bits per weight that a mix or a uniform width may lie from what was asked for
+_TOLERANCE = 0.01  # bits per weight that a uniform width may lie from what was asked for
+_MISSES, _SLOW_MISSES = 4096, 64  # upgrades tried in vain when matrices as a whole fill a budget; exporters are slow
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,14 @@ class Job:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        """Check the allocation.
+        """Check the allocation and the settings of the calibration.
 
         Raises:
-            UsageError: unknown.
+            UsageError: out of range.
         """
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UsageError(f"--allocation is {self.allocation!r}, must be one of {', '.join(ALLOCATIONS)}.")
+        self.calibration.check()
 
     @property
     def scope(self) -> str:
@@ -185,7 +188,13 @@ def feasible_bits(checkpoint: Checkpoint, job: Job) -> tuple[float, float]:
     return forms.bits(uniform[0], job.target.count), forms.bits(uniform[-1], job.target.count)
 
 
-def plan(checkpoint: Checkpoint, job: Job, work: WorkFolder | None = None, progress: ir.Progress | None = None) -> Plan:
+def plan(
+    checkpoint: Checkpoint,
+    job: Job,
+    work: WorkFolder | None = None,
+    progress: ir.Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Plan:
     """Work out a job.
 
     Args:
@@ -193,6 +202,7 @@ def plan(checkpoint: Checkpoint, job: Job, work: WorkFolder | None = None, progr
         job: what is to be done.
         work: keeps what is measured, and is asked first.
         progress: called with (what, done, all) while the model is run and errors are measured, if they have to be.
+        note: told before that how long it will take, unless all of it is in the work folder.
 
     Raises:
         InfeasibleTarget: the target lies outside the feasible interval; raised before any weight is read.
@@ -200,6 +210,11 @@ def plan(checkpoint: Checkpoint, job: Job, work: WorkFolder | None = None, progr
         InputError: nothing to quantize.
     """
     forms = forms_of(checkpoint, job)
+    if job.allocation == "matrix" and forms.whole:
+        raise UsageError(
+            f"--allocation matrix spreads bits over the rows of a matrix, but the method {job.method} gives a matrix "
+            "one number of bits. Leave it out: bits are spread over the matrices then."
+        )
     if job.target.size_of != "ir":
         forms = _exportable(checkpoint, job, forms)
     limit, cost = _budget(checkpoint, job, forms)
@@ -210,7 +225,7 @@ def plan(checkpoint: Checkpoint, job: Job, work: WorkFolder | None = None, progr
     chosen, loss = _uniform(job, forms, uniform, costs, limit), None
     measured = chosen is None
     if chosen is None:
-        tables = measure(checkpoint, job, forms, work, progress)
+        tables = measure(checkpoint, job, forms, work, progress, note)
         chosen = _mix(job, forms, tables, cost, limit)
         loss = predicted_loss(job, forms, tables, chosen)
     model = describe(checkpoint, job, forms.settings, forms.pick(chosen))
@@ -278,14 +293,19 @@ def _exportable(checkpoint: Checkpoint, job: Job, forms: Forms) -> Forms:
         picked = forms.pick(chosen)
         export = export_plan(describe(checkpoint, job, forms.settings, picked), job.target.size_of)
         refused = {refusal.tensor: refusal for refusal in export.refusals}
-        reasons |= {name: f"{refusal.reason}; {refusal.remedy}" for name, refusal in refused.items()}
-        for name, levels, matrix, own in zip(forms.names, kept, forms.levels, chosen, strict=True):
+        reasons |= {name: refusal.reason for name, refusal in refused.items()}
+        for name, levels, own in zip(forms.names, kept, chosen, strict=True):
             if name not in refused:
-                # A later form that is written in as many bytes is better. Levels of rows always differ in bytes.
-                levels[export.types[name] if matrix.units == 1 else int(own[0])] = int(own[0])
+                # A later form that is written in as many bytes is better. Codebooks share a name, not their bytes.
+                level = int(own[0])
+                levels[level if isinstance(picked[name], ir.CodebookSpec) else export.types[name]] = level
     for name, levels in zip(forms.names, kept, strict=True):
         if not levels:
-            raise InfeasibleTarget(f"{job.target.size_of} takes no form of {name}: {reasons[name]}", (0.0, 0.0))
+            raise InfeasibleTarget(
+                f"--for {job.target.size_of}: its own types hold no form of {name} that the method {job.method} makes "
+                f"({reasons[name]}). Leave out --for {job.target.size_of}, or choose another method.",
+                (0.0, 0.0),
+            )
     return forms.restrict([tuple(levels.values()) for levels in kept])
 
 
@@ -315,10 +335,9 @@ def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[floa
         return uniform[-1]
     fitting = [i for i, cost in enumerate(costs) if cost <= limit + 1e-9]
     if job.scope != "uniform":
-        whole = all(levels.units == 1 for levels in forms.levels)
         exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6]
-        return uniform[exact[-1]] if exact and whole else None
-    near = [i for i, cost in enumerate(costs) if abs(cost - limit) <= _TOLERANCE]
+        return uniform[exact[-1]] if exact and forms.whole else None
+    near = sorted((abs(cost - limit), i) for i, cost in enumerate(costs) if abs(cost - limit) <= _TOLERANCE)
     if job.target.bits is None:
         return uniform[fitting[-1]]
     if not near:
@@ -328,7 +347,7 @@ def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[floa
             "Choose one of them, or another --allocation.",
             (costs[0], costs[-1]),
         )
-    return uniform[near[-1]]
+    return uniform[near[0][1]]
 
 
 def predicted_loss(job: Job, forms: Forms, tables: list[np.ndarray], chosen: Assignment) -> float:
@@ -344,9 +363,14 @@ def _mix(
     job: Job, forms: Forms, tables: list[np.ndarray], cost: Callable[[Assignment], float], limit: float
 ) -> Assignment:
     """Spread bits by measured errors."""
+    counted, stored = (
+        [tuple(costs[i] for i in allowed) for costs, allowed in zip(forms.costs(count), forms.allowed, strict=True)]
+        for count in (job.target.count, "all")
+    )
     choices = [
-        Table(tuple(levels.nbytes[i] for i in allowed), errors[:, list(allowed)])
-        for levels, allowed, errors in zip(forms.levels, forms.allowed, tables, strict=True)
+        # Codes of a few weights can be as many at several widths.
+        Table(costs if all(a < b for a, b in pairwise(costs)) else nbytes, errors[:, list(allowed)])
+        for costs, nbytes, allowed, errors in zip(counted, stored, forms.allowed, tables, strict=True)
     ]
 
     def levels_of(positions: Assignment) -> Assignment:
@@ -356,14 +380,10 @@ def _mix(
         return cost(levels_of(positions)) <= limit + 1e-9
 
     if job.scope == "model":
-        fill = job.target.size_of == "ir" and all(levels.units == 1 for levels in forms.levels)
-        return levels_of(allocate(choices, fits, fill=fill))
+        misses = (_MISSES if job.target.size_of == "ir" else _SLOW_MISSES) if forms.whole else 0
+        return levels_of(allocate(choices, fits, misses))
     # The same bits in every matrix: the most that fit, to a few bytes.
     walks = [walk([table]) for table in choices]
-    counted = [
-        tuple(costs[i] for i in allowed)
-        for costs, allowed in zip(forms.costs(job.target.count), forms.allowed, strict=True)
-    ]
 
     def at(bits: float) -> Assignment:
         budgets = [bits * out * columns / 8 for out, columns in forms.shapes]

@@ -7,11 +7,11 @@ from typing import Any
 
 from anyquant import ir
 from anyquant.console import mebibytes, table
-from anyquant.estimates import seconds
+from anyquant.estimates import STAGES, in_words, seconds
 from anyquant.exporters.protocol import ExportPlan
 from anyquant.inspection import check_export, form_name
 from anyquant.losses import mean_error
-from anyquant.planning import Plan
+from anyquant.planning import Plan, forms_of
 from anyquant.plugins import EXPORTERS, plugins
 
 
@@ -40,7 +40,9 @@ def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
         data["loss"] = planned.loss
     if exports:
         data["exports"] = {name: _exports(planned.model, name) for name in plugins(EXPORTERS)}
-        data["seconds"] = seconds(planned)
+        unmeasured = () if planned.measured else ("errors",)
+        stages = [stage for stage in STAGES if stage not in unmeasured]
+        data["seconds"] = seconds(planned.checkpoint, planned.job, forms_of(planned.checkpoint, planned.job), stages)
     return data
 
 
@@ -58,6 +60,20 @@ def _bits_line(data: dict[str, Any]) -> str:
         f"{data['method']}: {data['bits']:.4f} bits per weight of the quantized matrices, "
         f"{data['bits_per_weight']:.4f} of the model"
     )
+
+
+def _shortfall(data: dict[str, Any]) -> list[str]:
+    """A line where the result is smaller than it was to be, by more than a hundredth."""
+    target = data["settings"]["target"]
+    if "bits" in target and target["count"] == "all":
+        found, asked, slack = data["bits"], target["bits"], 0.01
+    elif "size" in target and target["size_of"] == "ir":
+        found, asked, slack = data["bytes"], target["size"], target["size"] / 100
+    else:
+        return []
+    if asked - found <= slack or found >= data["feasible"][1]:
+        return []
+    return [f"below the target by {1 - found / asked:.1%}: no unit can take more without exceeding it"]
 
 
 def plan_text(data: dict[str, Any]) -> str:
@@ -83,13 +99,14 @@ def plan_text(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             _bits_line(data),
+            *_shortfall(data),
             f"feasible: {low:,.4f} to {high:,.4f} {unit}"
             if unit == "bits"
             else f"feasible: {low:,} to {high:,} {unit}",
             f"tensors: {forms}",
             "",
             table(("to make", "bytes", "", "memory", "temporary disk"), rows),
-            _time_line(data["seconds"]),
+            f"time to quantize: {in_words(data['seconds'])}, beside loading and writing",
             *remarks,
         ]
     )
@@ -107,17 +124,13 @@ def mean_losses(model: ir.Model) -> dict[str, float | None]:
     return {key: mean.value if mean else None for key, mean in found.items()}
 
 
-def _time_line(stages: dict[str, float]) -> str:
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in stages.items())
-    return f"time to quantize, roughly: {sum(stages.values()):.0f} s ({parts}), beside loading and writing"
-
-
 def quantized_text(data: dict[str, Any]) -> str:
     """What was written, and what to do with it."""
     layout = " --layout f16" if "codebook" in data["forms"] else ""
     return "\n".join(
         [
             _bits_line(data),
+            *_shortfall(data),
             f"relative squared error of the matrices: {data['error']:.3e}"
             + (f", of their outputs: {data['output_error']:.3e}" if data["output_error"] is not None else ""),
             f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])}), tokenizer not counted",

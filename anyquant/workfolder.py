@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from anyquant import ir
-from anyquant.errors import CorruptFileError, InputError, MachineError, UsageError
+from anyquant.calibration.store import ABOUT
+from anyquant.errors import AnyquantError, CorruptFileError, InputError, MachineError, UsageError
 from anyquant.ir.safetensors_io import SafetensorsReader
 
 _JOB, _TARGET, _LOCK = "job.json", "target.json", "lock"
-_LOSS = "loss"
+_LOSS, _PARTIAL = "loss", ".partial"
 
 
 class WorkFolder:
@@ -42,6 +43,12 @@ class WorkFolder:
     def calibration(self) -> Path:
         """The folder of the calibration."""
         return self.path / "calibration"
+
+    def notes(self) -> list[str]:
+        """What a user should know of the calibration, if there is one: short texts, dead columns, unseen experts."""
+        about = _read_json(self.calibration / ABOUT) or {}
+        found: list[str] = about.get("notes", [])
+        return found
 
     def table(self, index: int, name: str, shape: tuple[int, int]) -> np.ndarray | None:
         """Errors float64 [units, levels] of a matrix, if they are there."""
@@ -106,13 +113,13 @@ class WorkFolder:
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         entries = [(key, array.dtype, array.shape) for key, array in arrays.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
+        temporary = path.with_name(path.name + _PARTIAL)
         temporary.unlink(missing_ok=True)
         ir.write_safetensors(temporary, entries, iter(arrays.values()), None)
         self._publish(temporary, path)
 
     def _write_json(self, path: Path, value: dict[str, Any]) -> None:
-        temporary = path.with_name(path.name + ".partial")
+        temporary = path.with_name(path.name + _PARTIAL)
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         self._publish(temporary, path)
 
@@ -150,7 +157,8 @@ def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) ->
         path: the folder.
         job: all that statistics and tables depend on, as JSON.
         resume: go on with an interrupted run; there must be one.
-        keep: whether the folder stays after success. It stays after any failure.
+        keep: whether the folder stays after success. It stays after any failure, unless nothing was computed yet: a
+            request that is refused leaves nothing in the way of the next.
 
     Raises:
         UsageError: it belongs to another job (which fields differ is said), is used by another process, is not a work
@@ -160,7 +168,8 @@ def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) ->
     known = path / _JOB
     if resume and not known.exists():
         raise UsageError(f"there is nothing to resume: {path} holds no {_JOB}. Leave out --resume to begin.")
-    if not known.exists() and path.exists() and (not path.is_dir() or set(os.listdir(path)) - {_LOCK}):
+    begun = {_LOCK, _JOB + _PARTIAL}
+    if not known.exists() and path.exists() and (not path.is_dir() or set(os.listdir(path)) - begun):
         raise UsageError(f"{path} exists and is not a work folder of anyquant's. Choose another --work-dir.")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -178,6 +187,11 @@ def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) ->
             raise UsageError(_differences(f"the work folder {path} belongs to another job", found, job))
         if found is None:
             folder._write_json(known, job)
-        yield folder
+        try:
+            yield folder
+        except AnyquantError:
+            if not any(path.rglob("*.safetensors")):
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         if not keep:
             shutil.rmtree(path, ignore_errors=True)

@@ -92,7 +92,7 @@ def test_a_budget_per_matrix_is_that_matrix_alone(seed: int) -> None:
     for table in random_tables(seed):
         steps = walk([table])
         for budget in range(len(table.errors) * table.nbytes[0], len(table.errors) * table.nbytes[-1] + 2):
-            alone = allocate([table], lambda c, t=table, b=budget: total([t], c)[0] <= b, fill=False)  # type: ignore[misc]
+            alone = allocate([table], lambda c, t=table, b=budget: total([t], c)[0] <= b, misses=0)  # type: ignore[misc]
             assert levels_of(within(steps, table.nbytes, budget)) == levels_of(alone)
 
 
@@ -105,7 +105,7 @@ def test_a_budget_counts_what_it_is_told_to_count() -> None:
 def test_fill_spends_what_is_left() -> None:
     tables = [Table((0, 100), np.array([[100.0, 0.0]])), Table((0, 10), np.array([[1.0, 0.5]]))]
     assert levels_of(allocate(tables, lambda c: total(tables, c)[0] <= 50)) == [[0], [1]]
-    assert levels_of(allocate(tables, lambda c: total(tables, c)[0] <= 50, fill=False)) == [[0], [0]]
+    assert levels_of(allocate(tables, lambda c: total(tables, c)[0] <= 50, misses=0)) == [[0], [0]]
 
 
 def test_ties_go_to_the_first_unit() -> None:

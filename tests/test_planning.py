@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from anyquant import ir
-from anyquant.calibration import CalibrationSettings
+from anyquant.calibration import CalibrationSettings, open_statistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InfeasibleTarget, UsageError
-from anyquant.estimates import seconds
+from anyquant.estimates import in_words, seconds
 from anyquant.pipeline import run
-from anyquant.planning import Job, Plan, Target, feasible_bits, plan
+from anyquant.planning import Job, Plan, Target, feasible_bits, forms_of, plan
 from anyquant.workfolder import WorkFolder, work_folder
 
 Planner = Callable[..., Plan]
@@ -104,6 +104,9 @@ def test_uniform_is_one_width_and_says_which_there_are(planned: Planner) -> None
         result = planned("uniform", bits=bits)
         assert not result.measured
         assert all((levels == width).all() for levels in result.levels.values())
+        # Within a hundredth on either side, and never another width that is farther away.
+        assert planned("uniform", bits=bits + 0.009).model.quantized_bits == result.model.quantized_bits
+        assert planned("uniform", bits=bits - 0.009).model.quantized_bits == result.model.quantized_bits
     size = sum(planned("uniform", bits=known[4]).files.values())
     assert {int(x) for levels in planned("uniform", size=size + 10).levels.values() for x in levels} == {4}
 
@@ -161,9 +164,44 @@ def test_an_unknown_allocation() -> None:
 
 def test_estimates_name_the_stages(planned: Planner) -> None:
     result = planned(bits=3.3)
-    assert list(seconds(result)) == ["calibration", "measuring errors", "quantizing"]
-    assert all(value > 0 for value in seconds(result).values())
-    assert list(seconds(planned("uniform", bits=feasible_bits(result.checkpoint, result.job)[0]))) == [
-        "calibration", "quantizing"
-    ]  # fmt: skip
+    about = (result.checkpoint, result.job, forms_of(result.checkpoint, result.job))
+    stages = seconds(*about)
+    assert list(stages) == ["calibration", "errors", "quantizing"]
+    assert all(value > 0 for value in stages.values())
+    assert list(seconds(*about, ("errors",))) == ["errors"]
+    assert in_words({"errors": 2.4, "quantizing": 7.7}) == "roughly 10 s (errors 2, quantizing 8)"
     assert result.peak_memory > 200 << 20
+
+
+def test_what_measuring_takes_is_told_once(tiny_llama: Path, little: CalibrationSettings, tmp_path: Path) -> None:
+    checkpoint, job = open_checkpoint(str(tiny_llama)), Job("skim", Target(bits=3.3), calibration=little)
+    told: list[str] = []
+    with work_folder(tmp_path / "work", job.identity(checkpoint), resume=False, keep=True) as opened:
+        for _ in range(2):
+            plan(checkpoint, job, opened, note=told.append)
+    assert len(told) == 1
+    assert "roughly" in told[0]
+
+
+def test_a_budget_for_each_matrix_needs_rows_that_choose(tiny_llama: Path) -> None:
+    with pytest.raises(UsageError, match=r"--allocation matrix .* the method block gives a matrix one"):
+        plan(open_checkpoint(str(tiny_llama)), Job("block", Target(bits=4.6), allocation="matrix"))
+
+
+def test_experts_without_tokens_count_like_the_others(
+    tiny_checkpoint: Callable[..., Path], little: CalibrationSettings, tmp_path: Path
+) -> None:
+    """Errors of a matrix without gradient are relative, those of all others are in nats."""
+    folder = tiny_checkpoint("mixtral", tied=False, num_local_experts=8, num_experts_per_tok=1)
+    checkpoint = open_checkpoint(str(folder))
+    job = Job("skim", Target(bits=3.3), quantize_embeddings=True, calibration=replace(little, windows=1, window=4))
+    with work_folder(tmp_path / "work", job.identity(checkpoint), resume=False, keep=True) as opened:
+        result = plan(checkpoint, job, opened)
+        statistics = open_statistics(opened.calibration)
+    mean = {name: float(levels.mean()) for name, levels in result.levels.items()}
+    blind = [name for name in mean if not statistics.has_gradient(name)]
+    assert "model.embed_tokens.weight" in blind
+    assert sum("experts" in name for name in blind) > 10
+    seeing = [bits for name, bits in mean.items() if name not in blind]
+    assert all(min(seeing) - 1 < mean[name] < max(seeing) + 1 for name in blind)
+    assert 3.29 <= result.model.quantized_bits <= 3.3

@@ -105,8 +105,10 @@ def test_killed_at_25_random_moments(runs: Runs) -> None:
         where = stage(folder)
         seen[where] = seen.get(where, 0) + 1
         begun = (folder / "out.work" / "job.json").exists()
-        found = hashes(folder / "out") if where == "finished" else runs.finish("out", *(["--resume"] if begun else []))
+        ended = where == "finished" and not begun
+        found = hashes(folder / "out") if ended else runs.finish("out", *(["--resume"] if begun else []))
         assert found == expected, where
+        assert not (folder / "out.work").exists()
         known = {"warm", "whole", "rest", "calibrated", "copy", "out", "log", "out.work"}
         assert not {path.name for path in folder.iterdir()} - known
         shutil.rmtree(folder / "out")
@@ -129,6 +131,21 @@ def test_killed_again_and_again_it_still_ends(runs: Runs) -> None:
         delay += 0.1  # a step that takes longer than the time it gets would never end
     assert process.exitcode == 0, (runs.folder / "log").read_text()
     assert hashes(runs.folder / "out") == expected
+
+
+def test_killed_when_all_but_the_work_folder_was_done(runs: Runs) -> None:
+    work = runs.folder / "kept"
+    expected = runs.finish("out", "--work-dir", str(work))
+    work.rename(runs.folder / "out.work")
+    assert runs.finish("out", "--resume") == expected
+    assert not (runs.folder / "out.work").exists()
+    # Something else under that name stays as it is.
+    runs.finish("other", "--work-dir", str(work))
+    (runs.folder / "other" / "anyquant.json").unlink()
+    process = runs.start("other", "--resume", "--work-dir", str(work))
+    process.join(300)
+    assert process.exitcode == 2
+    assert "exists and is not empty" in (runs.folder / "log").read_text()
 
 
 def test_any_number_of_workers_gives_the_same_bytes(runs: Runs) -> None:

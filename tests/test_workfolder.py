@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anyquant import ir
-from anyquant.errors import MachineError, UsageError
+from anyquant.errors import InfeasibleTarget, MachineError, UsageError
 from anyquant.workfolder import WorkFolder, work_folder
 
 JOB: dict[str, Any] = {"anyquant": "1", "method": "skim", "settings": {"outliers": 0.0}}
@@ -102,6 +102,27 @@ def test_a_temporary_one_ends_with_success_and_stays_after_failure(tmp_path: Pat
     with opened(tmp_path / "w", keep=False):
         pass
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_refused_request_leaves_nothing_but_what_was_computed(tmp_path: Path, keep: bool) -> None:
+    with pytest.raises(InfeasibleTarget), opened(tmp_path / "w", keep=keep):
+        raise InfeasibleTarget("too small", (2.0, 8.0))
+    assert not (tmp_path / "w").exists()
+    with opened(tmp_path / "w") as work:
+        work.save_table(0, "a", np.zeros((1, 1)))
+    with pytest.raises(InfeasibleTarget), opened(tmp_path / "w", keep=keep):
+        raise InfeasibleTarget("too small", (2.0, 8.0))
+    assert (tmp_path / "w" / "job.json").is_file()
+
+
+def test_killed_while_the_job_was_written(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "job.json.partial").write_text("{")
+    (tmp_path / "w" / "lock").write_text("")
+    with opened(tmp_path / "w") as work:
+        assert work.notes() == []
+    assert {path.name for path in (tmp_path / "w").iterdir()} == {"job.json", "lock"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 400, None])

@@ -89,7 +89,7 @@ def jobs_of(checkpoint: Checkpoint, base: Job, widths: list[int], targets: list[
         return forms.bits(nearest, "all")
 
     # Where a matrix has one number of bits as a whole, there is nothing to spread in it.
-    mixed = MIXED if any(levels.units > 1 for levels in forms.levels) else MIXED[:1]
+    mixed = MIXED[:1] if forms.whole else MIXED
     jobs = [job(size(width), allocation) for width in widths for allocation in ("uniform", *mixed)]
     return jobs + [job(bits, "model") for bits in targets]
 

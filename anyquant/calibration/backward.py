@@ -17,11 +17,10 @@ from anyquant.calibration.capture import Product
 from anyquant.calibration.gradients import GradientSums
 from anyquant.calibration.moments import MomentSums
 from anyquant.calibration.passes import ForwardPass
+from anyquant.calibration.settings import LEARNED_TOKENS
 
 _LOGITS = 1 << 22
 """Logits in memory at once."""
-_LEARNED = 2048
-"""Tokens that are enough for a number for each row."""
 _NO_TARGET = -100
 
 
@@ -48,8 +47,8 @@ class FisherPass(ForwardPass):
         """As any pass; with ``rows_alone`` only the mean of g_i^2 is recorded, over the first few windows."""
         super().__init__(*arguments)
         windows, window = self.ids.shape
-        self.learned = min(windows, max(1, _LEARNED // window)) if rows_alone else windows
-        self._row_tokens = self.learned * window if rows_alone else None
+        self.learned = min(windows, max(1, LEARNED_TOKENS // window)) if rows_alone else windows
+        self._rows_alone = rows_alone
 
     def run(self) -> None:
         """Go through the model and back, and store the moments and gradients of every section.
@@ -63,7 +62,7 @@ class FisherPass(ForwardPass):
             return
         outside = self.model.outside
         wanted = self.wanted_in(outside)
-        moments, gradients = MomentSums(wanted), GradientSums(wanted, self._row_tokens)
+        moments, gradients = MomentSums(wanted), self._sums(wanted)
 
         def both(*product: Any) -> None:
             moments.product(*product)
@@ -78,6 +77,9 @@ class FisherPass(ForwardPass):
             output.last_hidden_state.backward(at_last)
         if self.wanted_in(outside) and not self.folder.has_gradients(outside):
             self.folder.save_gradients(outside, gradients.result())
+
+    def _sums(self, wanted: set[str]) -> GradientSums:
+        return GradientSums(wanted, self.learned * self.ids.shape[1], rows_alone=self._rows_alone)
 
     def _streamed(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
         if not hidden.requires_grad:  # the first block: the way back ends there
@@ -110,7 +112,7 @@ class FisherPass(ForwardPass):
     def _back(self, number: int, call: BatchedCall, gradient: torch.Tensor) -> torch.Tensor:
         """From the gradient at a block's output to that at its input, and store what its matrices had."""
         done = self.folder.has_gradients(number)
-        sums = GradientSums(set() if done else self.wanted_in(number), self._row_tokens)
+        sums = self._sums(set() if done else self.wanted_in(number))
         parts = self.model.load(number)
         before = torch.zeros_like(gradient)
         states = self.folder.load_states(number)

@@ -26,17 +26,16 @@ from anyquant.calibration.capture import Reading
 class GradientSums:
     """Accumulates S-diag of the matrices of one section: FP32 products, added up in the order of the calls."""
 
-    def __init__(self, wanted: set[str], row_tokens: int | None = None) -> None:
+    def __init__(self, wanted: set[str], tokens: int, *, rows_alone: bool = False) -> None:
         """Record these matrices and pass over all others.
 
         Args:
             wanted: names of the matrices.
-            row_tokens: record E[g_i^2] instead of E[g_i^2 x_j^2], the mean over so many tokens: all that there are, so
-                that an expert counts by how often it is asked.
+            tokens: that means are taken over: all that there are, so that an expert counts by how often it is asked.
+            rows_alone: record E[g_i^2] instead of E[g_i^2 x_j^2].
         """
-        self._wanted, self._row_tokens = wanted, row_tokens
+        self._wanted, self._tokens, self._rows_alone = wanted, tokens, rows_alone
         self._sums: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, int] = {}
 
     def product(self, x: torch.Tensor, readings: list[Reading], output: torch.Tensor) -> None:
         """Take note of a product, and add to the sums when the gradient of its output is known."""
@@ -47,7 +46,7 @@ class GradientSums:
     def _hook(self, x: torch.Tensor, readings: list[Reading]) -> Callable[[torch.Tensor], None]:
         def add(gradient: torch.Tensor) -> None:
             flat = gradient.detach().reshape(-1, gradient.shape[-1])
-            squares = None if self._row_tokens else x.reshape(-1, x.shape[-1]).square()
+            squares = None if self._rows_alone else x.reshape(-1, x.shape[-1]).square()
             for reading in readings:
                 self._add(reading.name, flat[:, reading.outputs].square(), squares)
 
@@ -57,13 +56,11 @@ class GradientSums:
         """Add squared gradients [tokens, out], alone or times squared inputs [tokens, in]."""
         if name not in self._sums:
             self._sums[name] = torch.zeros(g.shape[1] if x is None else (g.shape[1], x.shape[1]))
-            self._tokens[name] = self._row_tokens or 0
         if x is None:
             self._sums[name] += g.sum(dim=0)
         else:
             self._sums[name].addmm_(g.T, x)
-            self._tokens[name] += len(x)
 
     def result(self) -> dict[str, NDArray[np.float32]]:
         """Means over the tokens, float32 [out, in] (or [out]) of each matrix that saw any."""
-        return {name: (total / self._tokens[name]).numpy() for name, total in self._sums.items()}
+        return {name: (total / self._tokens).numpy() for name, total in self._sums.items()}

@@ -82,7 +82,7 @@ class _Sampler:
             raise InputError(f"{model.name}: its tokenizer has no ordinary tokens; calibrate on a text instead")
         self.leading = texts.leading_token(tokenizer)
         self._model, self._name = model.model, model.name
-        self._ordinary, self._stops = torch.tensor(ordinary), torch.tensor(sorted(stops))
+        self._ordinary, self._stops = (torch.tensor(sorted(ids), dtype=torch.long) for ids in (ordinary, stops))
         self._bias = torch.full((rows,), -torch.inf)
         self._bias[self._ordinary] = 0
         self._bias[self._stops] = 0

@@ -13,6 +13,8 @@ from anyquant.errors import InputError, UsageError
 SELF = "self"
 IMPORTANCE = ("gradient", "activation", "fisher")
 """What is recorded; see CalibrationSettings."""
+LEARNED_TOKENS = 2048
+"""Enough for a gradient of each row."""
 DOCUMENTS = 2
 """Sampled for a window: many short documents are more diverse than few long ones, and larger batches are faster."""
 SAMPLED_TOKENS = 8192

@@ -24,7 +24,7 @@ from anyquant.errors import CorruptFileError, InputError
 from anyquant.ir import read_json
 from anyquant.ir.safetensors_io import SafetensorsReader
 
-FORMAT = 1
+FORMAT = 2
 ABOUT = "about.json"
 TOKENS = "tokens.safetensors"
 
@@ -96,7 +96,7 @@ class MatrixStatistics:
         return result
 
     def fisher(self) -> Floats | None:
-        """Mean over the tokens of g_i^2 x_j^2, float32 [out, in]; None where no gradients were recorded.
+        """Mean over all tokens of g_i^2 x_j^2, float32 [out, in]; None where it was not recorded.
 
         Raises:
             CorruptFileError: the file was damaged.
@@ -153,6 +153,10 @@ class Statistics:
         self.notes: list[str] = about["notes"]
         self._inputs = {name: entry for entry in about["inputs"] for name in entry["names"]}
         self._gradients: dict[str, str] = about["gradients"]
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether a gradient was recorded: not of an expert that saw no token, nor of an embedding that is no head."""
+        return name in self._gradients
 
     def matrix(self, name: str) -> MatrixStatistics | None:
         """What is known of a matrix; None if nothing is (an expert that saw no token, a matrix that was not asked for).

@@ -9,7 +9,7 @@ from anyquant.ir.container import Model, file_sizes, open_ir
 from anyquant.ir.dequantize import block_integers, dequantize, digest, row_chunks, tensor_digest
 from anyquant.ir.ggml_blocks import dequantize_blocks
 from anyquant.ir.json_io import read_json
-from anyquant.ir.manifest import Entry
+from anyquant.ir.manifest import MANIFEST, Entry, same_plan
 from anyquant.ir.safetensors_io import write_safetensors
 from anyquant.ir.spec import (
     DENSE_DTYPES,
@@ -28,6 +28,7 @@ from anyquant.ir.writer import Loss, Progress, refuse_existing, write_ir
 __all__ = [
     "DENSE_DTYPES",
     "GGML_TYPES",
+    "MANIFEST",
     "ZERO_BLOCK",
     "AffineSpec",
     "Arrays",
@@ -50,6 +51,7 @@ __all__ = [
     "read_json",
     "refuse_existing",
     "row_chunks",
+    "same_plan",
     "tensor_digest",
     "write_ir",
     "write_safetensors",

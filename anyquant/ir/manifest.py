@@ -113,6 +113,11 @@ def manifest_json(model: Model, *, planned: bool = False) -> str:
     return text[:-2] + ',\n "tensors": {\n' + lines + "\n }\n}\n"
 
 
+def same_plan(one: Model, other: Model) -> bool:
+    """Whether two models say the same of themselves, but for digests and errors."""
+    return manifest_json(one, planned=True) == manifest_json(other, planned=True)
+
+
 def manifest_size(model: Model) -> int:
     """Bytes of the file, known before digests and errors are."""
     return len(manifest_json(model, planned=True))

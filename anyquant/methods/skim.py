@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_OUTLIERS = 10.0  # percent
 _CHUNK = 1 << 18  # weights handled at a time
-_DEAD = 1e-4  # least weight of a column, relative to the mean: no calibration text is all texts
+_DEAD = 1e-4  # least weight of a column or row, relative to the mean: no calibration text is all texts
 _REACH = 1.0  # of a row's bulk beyond its quartiles, in units of their distance
 _FP16_MAX = 65504.0
 
@@ -133,7 +133,8 @@ class _Importance:
     def __init__(self, weight: Floats, statistics: MatrixStatistics | None) -> None:
         fisher = statistics.fisher() if statistics else None
         # A factor for a whole row changes nothing in how the row is clustered.
-        self.of_rows = statistics.gradient() if statistics else None
+        gradient = statistics.gradient() if statistics else None
+        self.of_rows = None if gradient is None else np.maximum(gradient, _least(gradient))
         self.comparable = fisher is not None
         if fisher is not None:
             self._values: Floats = fisher
@@ -141,8 +142,7 @@ class _Importance:
             self._values = statistics.diagonal
         else:
             self._values = np.ones(weight.shape[1], np.float32)
-        mean = float(self._values.mean(dtype=np.float64))
-        self._least = np.float32(_DEAD * mean if mean > 0 else 1.0)
+        self._least = _least(self._values)
         self._numbers, self._columns = np.arange(len(weight)), weight.shape[1]
 
     def all(self, rows: Any) -> Floats:
@@ -161,6 +161,11 @@ class _Importance:
         inside = (place < len(chosen)) & (chosen[np.minimum(place, len(chosen) - 1)] == row)
         part[place[inside], column[inside]] = 0
         return part
+
+
+def _least(values: Floats) -> np.float32:
+    mean = float(values.mean(dtype=np.float64))
+    return np.float32(_DEAD * mean if mean > 0 else 1.0)
 
 
 def _row_bytes(columns: int, width: int) -> int:
@@ -200,6 +205,8 @@ def _outliers(weight: Floats, importance: _Importance, settings: Settings) -> ND
         reach = _REACH * (high - low)
         excess = np.maximum(np.maximum(weight[rows] - (high + reach), (low - reach) - weight[rows]), 0)
         score[rows] = importance.all(rows) * excess**2
+        if importance.of_rows is not None:
+            score[rows] *= importance.of_rows[rows, None]
     flat = score.ravel()
     least = np.partition(flat, flat.size - count)[flat.size - count]
     above = np.flatnonzero(flat > least)

@@ -92,7 +92,7 @@ _PRODUCT = """
 _RESULT = """
   leading = Shape <end = -1> (A)
   from_matrix = Concat <axis = 0> (leading, n)
-  Y = Reshape (y, from_matrix)
+  Y = Reshape <allowzero = 1> (y, from_matrix)
 """
 
 

@@ -200,7 +200,9 @@ def _codebook_matmul(get: Get, _: list[str], attributes: dict[str, Any]) -> np.n
     by_output = attributes["transB"].i
     if by_output not in (0, 1):
         raise CorruptFileError(f"transB is {by_output}")
-    outputs, inputs = attributes["N"].i, attributes["K"].i
+    outputs, inputs, bias = attributes["N"].i, attributes["K"].i, get(8)
+    if bias.dtype != np.float32 or bias.shape != (1,) or bias[0] != 0:
+        raise CorruptFileError("its bias is not the zero that 'anyquant export onnx' writes")
     return weights(Stored(*(get(i) for i in range(1, 8))), outputs, inputs, by_output=bool(by_output))
 
 

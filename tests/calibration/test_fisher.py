@@ -138,7 +138,7 @@ def test_experts(tiny_checkpoint: Tiny, token_ids: Ids, record: Record, plain_mo
     expected = {}
     for owner, x, output in caught:
         assert output.grad is not None
-        expected[owner] = (output.grad.double().square().T @ x.double().square()) / len(x)
+        expected[owner] = (output.grad.double().square().T @ x.double().square()) / ids.numel()
     compared = 0
     for name in checkpoint.matrices():
         match = re.search(r"layers\.(\d+)\..*experts\.(\d+)\.(\w+)\.weight", name)
@@ -162,7 +162,7 @@ def test_rows_alone_on_the_first_windows(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(batches, "TOKENS", 30)
-    monkeypatch.setattr(backward, "_LEARNED", 30)  # two windows of thirteen
+    monkeypatch.setattr(backward, "LEARNED_TOKENS", 30)  # two windows of thirteen
     checkpoint = open_checkpoint(str(tiny_checkpoint(family, tied=tied)))
     names = [*checkpoint.matrices(), *checkpoint.embeddings()]
     ids = token_ids(5, 13)
