@@ -62,5 +62,5 @@ class GradientSums:
             self._sums[name].addmm_(g.T, x)
 
     def result(self) -> dict[str, NDArray[np.float32]]:
-        """Means over the tokens, float32 [out, in] (or [out]) of each matrix that saw any."""
-        return {name: (total / self._tokens).numpy() for name, total in self._sums.items()}
+        """Means over the tokens, float32 [out, in] (or [out]) of each matrix on which any loss depends."""
+        return {name: (total / self._tokens).numpy() for name, total in self._sums.items() if total.any()}

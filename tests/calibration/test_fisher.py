@@ -197,9 +197,11 @@ def test_rows_of_experts_count_by_how_often_they_are_asked(
             continue
         # Of a single token the sum of g_i^2 x_j^2 over the columns is g_i^2 |x|^2.
         weights, gradient = a.fisher(), b.gradient()
-        assert weights is not None
-        assert gradient is not None
-        expected = weights.sum(axis=1) / a.diagonal.sum() / ids.numel()
+        assert each.has_gradient(name) == (weights is not None)
+        if weights is None or gradient is None:  # it saw the last token alone, which predicts nothing
+            assert weights is gradient is None
+            continue
+        expected = weights.sum(axis=1) / a.diagonal.sum()
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6 * expected.max())
         compared += 1
     assert compared

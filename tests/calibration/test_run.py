@@ -224,7 +224,7 @@ def test_damage_is_noticed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for change, error, message in (
         ({"inputs": None}, CorruptFileError, r"about\.json in .* no proper 'inputs'"),
         ({"threads": "2"}, CorruptFileError, "no proper 'threads'"),
-        ({"format": 2}, InputError, "has the format 2; this version reads 1"),
+        ({"format": 1}, InputError, "has the format 1; this version reads 2"),
     ):
         (tmp_path / "about.json").write_text(json.dumps({**about, **change}))
         with pytest.raises(error, match=message):

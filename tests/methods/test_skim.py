@@ -68,7 +68,8 @@ def test_tables_hold_what_the_tensors_lose(shape: tuple[int, int], importance: s
     }[importance]  # fmt: skip
     counted = {
         "none": np.ones(shape), "activation": np.broadcast_to(diagonal, shape),
-        "gradient": np.outer(factors, diagonal), "fisher": gradients,
+        "gradient": np.outer(factors + 0.3 * factors.mean(), diagonal),
+        "fisher": gradients + 0.3 * gradients.mean(axis=0),
     }[importance]  # fmt: skip
     chosen = METHOD.settings({"outliers": outliers})
     table = METHOD.errors(weight, known, chosen)
@@ -149,26 +150,29 @@ def test_columns_that_never_saw_anything_are_still_near_their_weights() -> None:
     assert np.abs(values - weight)[:, ::2].mean() < 0.3 * np.abs(weight)[:, ::2].mean()
 
 
-def test_rows_that_never_mattered_still_count_a_little() -> None:
+def test_rows_without_gradient_still_count() -> None:
+    """An attention head that sees one token, whatever its query, has none."""
     weight = weights_of((4, 64))
     known = Known(moments(64), np.array([1, 0, 1, 1e-12], np.float32))
     table = METHOD.errors(weight, known, PLAIN)
-    mean = 0.5
-    plain = METHOD.errors(weight, Known(known.diagonal, np.ones(4, np.float32)), PLAIN)
-    np.testing.assert_allclose(table[[1, 3]], 1e-4 * mean * plain[[1, 3]], rtol=1e-5)
-    np.testing.assert_allclose(table[[0, 2]], plain[[0, 2]])
+    plain = METHOD.errors(weight, Known(known.diagonal), PLAIN)
+    plain *= float(known.diagonal @ (weight.astype(np.float64) ** 2).sum(0)) / weight.size  # in its own units again
+    np.testing.assert_allclose(table[[1, 3]], 0.15 * plain[[1, 3]], rtol=1e-4)
+    np.testing.assert_allclose(table[[0, 2]], 1.15 * plain[[0, 2]], rtol=1e-4)
 
 
 def test_outliers_are_weighted_by_their_rows_too() -> None:
     weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     weight[:4] *= 3
-    gradient = np.array([1e-8] * 4 + [1] * 4, np.float32)
+    gradient = np.array([0] * 4 + [1] * 4, np.float32)
     made = METHOD.settings({"outliers": 2.0})
     chosen = np.full(8, 3, np.uint8)
     tensor = METHOD.quantize(weight, chosen, Known(np.ones(64, np.float32), gradient), made)
     starts = tensor.arrays[".outlier_indptr"]
-    assert starts[4] == 0
+    # Rows of the first half, nine times as wide in squares, count for .15 of the second half's 1.15.
     assert starts[8] == 10
+    plain = METHOD.quantize(weight, chosen, Known(np.ones(64, np.float32)), made).arrays[".outlier_indptr"]
+    assert starts[4] < plain[4]
 
 
 def test_outliers_keep_their_values_and_are_those_that_hurt_most() -> None:
