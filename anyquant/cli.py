@@ -4,189 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from anyquant import __version__
-from anyquant.console import Group, Output, Size, run
-from anyquant.errors import Interrupted, UsageError
-
-MODEL = click.argument("model", metavar="MODEL")
-FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
-REMOTE = click.option("--trust-remote-code", is_flag=True, help="Let transformers run code shipped with the model.")
-
-
-def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --json and --quiet, and hand the verb an Output as its first argument."""
-
-    def call(as_json: bool, quiet: bool, **arguments: Any) -> None:
-        function(Output(as_json, quiet), **arguments)
-
-    call.__doc__, call.__name__ = function.__doc__, function.__name__
-    call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
-    call = click.option("--quiet", is_flag=True, help="Print errors only.")(call)
-    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr.")(
-        call
-    )
-
-
-def target_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that ``plan`` and ``quantize`` share."""
-    function = job_options(function)
-    for option in reversed(
-        [
-            click.option(
-                "--bits", type=float, metavar="B", help="Bits per weight of the matrices, all overhead counted."
-            ),
-            click.option("--size", type=Size(), metavar="S", help="Most bytes of the model, such as 75MiB."),
-            click.option(
-                "--for",
-                "size_of",
-                default="ir",
-                show_default=True,
-                metavar="FORMAT",
-                help="--size of the ir, gguf or onnx files.",
-            ),
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-def job_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how, but not how large: those of ``sweep`` too."""
-    for option in reversed(
-        [
-            click.option("--method", default="block", show_default=True, help="See 'anyquant methods'."),
-            click.option(
-                "--allocation",
-                type=click.Choice(["model", "matrix", "uniform"]),
-                help="Who shares a budget: the model, each matrix; or one width for all.  [model; matrix with "
-                "--importance activation]",
-            ),
-            click.option("--block", type=click.Choice(["16", "32"]), help="block: block length.  [32]"),
-            click.option("--outliers", type=float, metavar="PERCENT", help="skim: weights kept in FP16.  [0]"),
-            click.option(
-                "--calib",
-                default="self",
-                show_default=True,
-                metavar="TEXT",
-                help="skim: text to weight errors by: a file, a dataset id, or self.",
-            ),
-            click.option("--calib-windows", type=int, default=32, show_default=True, help="Windows of that text."),
-            click.option("--calib-window", type=int, default=256, show_default=True, help="Tokens per window."),
-            click.option(
-                "--importance",
-                type=click.Choice(["gradient", "activation", "fisher"]),
-                default="gradient",
-                show_default=True,
-                help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.",
-            ),
-            click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn by chance."),
-            click.option(
-                "--work-dir",
-                type=click.Path(path_type=Path),
-                metavar="W",
-                help="Keep statistics and errors there, for any later target.",
-            ),
-            click.option("--quantize-embeddings", is_flag=True, help="Include embeddings and lm_head."),
-            click.option(
-                "--count",
-                type=click.Choice(["all", "index"]),
-                default="all",
-                show_default=True,
-                help="What --bits counts: all bytes, or codes alone.",
-            ),
-            click.option(
-                "--workers", type=click.IntRange(1), metavar="N", help="Threads; any number gives the same bytes."
-            ),
-            REVISION,
-            REMOTE,
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-_CALIBRATION = ("calib", "calib_windows", "calib_window", "importance")
-
-
-def _refuse(options: Iterable[str], why: str) -> None:
-    """Refuse options that were given, but would change nothing.
-
-    Raises:
-        UsageError: the first of them.
-    """
-    context = click.get_current_context()
-    for name in options:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name.replace('_', '-')} {why}")
-
-
-def _job(method: str, bits: float | None, size: int | None, size_of: str, **rest: Any) -> Any:
-    from anyquant.calibration import CalibrationSettings
-    from anyquant.methods import get_method
-    from anyquant.planning import Job, Target
-
-    options: dict[str, Any] = {}
-    if rest["block"]:
-        options["block"] = int(rest["block"])
-    if rest["outliers"] is not None:
-        options["outliers"] = rest["outliers"]
-    if not get_method(method).needs_statistics:
-        _refuse(_CALIBRATION, f"has no meaning for the method {method}, which needs no text.")
-    workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
-    target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
-    calibration = CalibrationSettings(
-        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], rest["importance"]
-    )
-    return Job(
-        method,
-        target,
-        options,
-        quantize_embeddings=rest["quantize_embeddings"],
-        allocation=rest["allocation"],
-        calibration=calibration,
-        workers=workers,
-    )
-
-
-@contextmanager
-def _work(
-    checkpoint: Any, job: Any, path: Path | None, out: Output, *, resume: bool | None = None, keep: bool = True
-) -> Iterator[Any]:
-    """The work folder of a job; a temporary one without a path. What the calibration found is told at the end.
-
-    ``resume`` is None for verbs that go on by themselves when they are repeated.
-    """
-    import tempfile
-
-    from anyquant.workfolder import work_folder
-
-    with ExitStack() as stack:
-        kept = path or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anyquant-"))) / "work"
-        try:
-            with work_folder(kept, job.identity(checkpoint), resume=bool(resume), keep=keep) as work:
-                yield work
-                for note in work.notes():
-                    out.note(f"calibration: {note}")
-        except KeyboardInterrupt:
-            if path is None:
-                raise
-            raise Interrupted(str(path), resume=resume is not None) from None
-
-
-def _open(model: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from anyquant.checkpoint import open_checkpoint
-    from anyquant.runtime import native
-
-    native.install()
-    return open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+from anyquant.console import Group, Output, run
+from anyquant.options import (
+    FOLDER,
+    MODEL,
+    REMOTE,
+    REVISION,
+    job_of,
+    job_options,
+    open_model,
+    refuse_unread,
+    target_options,
+    verb,
+    work_of,
+)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -222,7 +60,7 @@ def inspect(out: Output, model: str, revision: str | None, trust_remote_code: bo
     if (Path(model) / "anyquant.json").is_file():
         data = inspect_ir(ir.open_ir(model))
     else:
-        data = inspect_checkpoint(_open(model, revision, trust_remote_code))
+        data = inspect_checkpoint(open_model(model, revision, trust_remote_code))
     out.result(data, lambda: inspection_text(data))
 
 
@@ -242,8 +80,8 @@ def plan(out: Output, model: str, revision: str | None, trust_remote_code: bool,
     from anyquant.summary import plan_data, plan_text
 
     work_dir = options.pop("work_dir")
-    checkpoint, job = _open(model, revision, trust_remote_code), _job(**options)
-    with _work(checkpoint, job, work_dir, out) as work, out.progress("measuring") as progress:
+    checkpoint, job = open_model(model, revision, trust_remote_code), job_of(**options)
+    with work_of(checkpoint, job, work_dir, out) as work, out.progress("measuring") as progress:
         planned = work_out(checkpoint, job, work, progress, out.note)
     data = plan_data(planned)
     out.result(data, lambda: plan_text(data))
@@ -289,13 +127,13 @@ def sweep(
     from anyquant.sweep import sweep as sweep_over
 
     if text is None:
-        _refuse(["windows", "window"], "has no meaning without --text.")
+        refuse_unread(["windows", "window"], "has no meaning without --text.")
     if report:
         prepare_sweep(report)
-    checkpoint = _open(model, revision, trust_remote_code)
-    jobs = [_job(bits=bits, size=None, size_of="ir", **options) for bits in targets]
+    checkpoint = open_model(model, revision, trust_remote_code)
+    jobs = [job_of(bits=bits, size=None, size_of="ir", **options) for bits in targets]
     measured = TextSettings(text, windows, window, options["seed"]) if text else None
-    with _work(checkpoint, jobs[0], work_dir, out) as work, out.progress("sweeping") as progress:
+    with work_of(checkpoint, jobs[0], work_dir, out) as work, out.progress("sweeping") as progress:
         found = sweep_over(
             checkpoint, jobs, work, measured, trust_remote_code=trust_remote_code, progress=progress, note=out.note
         )
@@ -335,12 +173,12 @@ def quantize(
 
     if not resume:
         ir.refuse_existing(output)
-    checkpoint, job = _open(model, revision, trust_remote_code), _job(**options)
+    checkpoint, job = open_model(model, revision, trust_remote_code), job_of(**options)
     with ExitStack() as stack:
         work = None
         if work_dir or resume or job.needs_statistics:
             beside = output.with_name(output.name + ".work")
-            folder = _work(checkpoint, job, work_dir or beside, out, resume=resume, keep=work_dir is not None)
+            folder = work_of(checkpoint, job, work_dir or beside, out, resume=resume, keep=work_dir is not None)
             work = stack.enter_context(folder)
         with out.progress("measuring") as progress:
             planned = work_out(checkpoint, job, work, progress)
@@ -373,7 +211,7 @@ def report(out: Output, folder: Path, output: Path, **options: Any) -> None:
     from anyquant.runtime import native
 
     if options["source"] is None:
-        _refuse(["revision", "trust_remote_code"], "has no meaning without --source.")
+        refuse_unread(["revision", "trust_remote_code"], "has no meaning without --source.")
     native.install()
     with out.progress("reading") as progress:
         facts = write(ReportSettings(folder, output, **options), progress)

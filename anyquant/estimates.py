@@ -16,7 +16,7 @@ from anyquant.checkpoint import Checkpoint
 from anyquant.forms import Forms
 
 if TYPE_CHECKING:
-    from anyquant.planning import Job
+    from anyquant.job import Job
 
 # Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
 # million weights at a time; transformers with torch, which make the tokenizer files of a GGUF source; and torch with a

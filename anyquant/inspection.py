@@ -9,7 +9,8 @@ from anyquant import ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import AnyquantError
 from anyquant.forms import chosen_matrices
-from anyquant.planning import Job, Target, export_plan, feasible_bits, plan
+from anyquant.job import Job, Target
+from anyquant.planning import export_plan, feasible_bits, plan
 from anyquant.plugins import EXPORTERS, METHODS, plugins
 
 

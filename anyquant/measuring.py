@@ -19,7 +19,7 @@ from anyquant.forms import Forms
 from anyquant.workers import in_order
 
 if TYPE_CHECKING:
-    from anyquant.planning import Job
+    from anyquant.job import Job
     from anyquant.workfolder import WorkFolder
 
 

@@ -8,7 +8,7 @@ passes through a matrix, the model is run once on a little text).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from anyquant import __version__, ir
 from anyquant.allocation import Assignment, Table, allocate, walk, within
-from anyquant.calibration import CalibrationSettings
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InfeasibleTarget, UsageError
 from anyquant.estimates import peak_memory
 from anyquant.forms import Forms, chosen_matrices
+from anyquant.job import Job
 from anyquant.measuring import calibration_record, measure
 from anyquant.methods import get_method
 
@@ -28,108 +28,8 @@ if TYPE_CHECKING:
     from anyquant.exporters.protocol import ExportPlan
     from anyquant.workfolder import WorkFolder
 
-ALLOCATIONS = ("model", "matrix", "uniform")
 _TOLERANCE = 0.01  # bits per weight that a uniform width may lie from what was asked for
 _MISSES, _SLOW_MISSES = 4096, 64  # upgrades tried in vain when matrices as a whole fill a budget; exporters are slow
-
-
-@dataclass(frozen=True)
-class Target:
-    """How large the result is to be: bits per weight of the quantized matrices, or bytes of a file.
-
-    Attributes:
-        bits: counted bits per weight, over the quantized matrices; exclusive with ``size``.
-        size: most bytes of the written model, side files such as the tokenizer not counted.
-        size_of: what ``size`` is the size of: "ir", or the name of an exporter.
-        count: "all" stored bytes, or "index": codes alone, as the papers count.
-    """
-
-    bits: float | None = None
-    size: int | None = None
-    size_of: str = "ir"
-    count: str = "all"
-
-    def __post_init__(self) -> None:
-        """Check that exactly one of bits and size is given.
-
-        Raises:
-            UsageError: both, none, or a value that is no size.
-        """
-        if (self.bits is None) == (self.size is None):
-            raise UsageError("give exactly one of --bits and --size.")
-        if self.bits is not None and not 0 < self.bits < 64:
-            raise UsageError(f"--bits is {self.bits}, must be a positive number of bits per weight.")
-        if self.bits is not None and self.size_of != "ir":
-            raise UsageError(f"--for {self.size_of} says what --size is the size of; it has no meaning with --bits.")
-        if self.size is not None and self.count != "all":
-            raise UsageError(f"--count {self.count} says what --bits counts; it has no meaning with --size.")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done to a checkpoint.
-
-    Attributes:
-        method: name of the method.
-        target: how large the result is to be.
-        options: of the method.
-        quantize_embeddings: whether embeddings and head are included.
-        allocation: which units compete for bits: those of the whole "model", those of each "matrix", or none
-            ("uniform": all have the same level). Unless given it is the model, but each matrix where errors are
-            weighted by activations alone, which do not compare across matrices.
-        calibration: the texts that statistics are taken on; read by methods that need statistics alone.
-        workers: threads.
-    """
-
-    method: str
-    target: Target
-    options: dict[str, Any] = field(default_factory=dict)
-    quantize_embeddings: bool = False
-    allocation: str | None = None
-    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the allocation and the settings of the calibration.
-
-        Raises:
-            UsageError: out of range.
-        """
-        if self.allocation is not None and self.allocation not in ALLOCATIONS:
-            raise UsageError(f"--allocation is {self.allocation!r}, must be one of {', '.join(ALLOCATIONS)}.")
-        self.calibration.check()
-
-    @property
-    def scope(self) -> str:
-        """The allocation that was asked for, or the one that suits the importance."""
-        activations = self.needs_statistics and self.calibration.importance == "activation"
-        return self.allocation or ("matrix" if activations else "model")
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether the method wants a calibration."""
-        return get_method(self.method).needs_statistics
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether gradients weight the errors, so that their sum is a rise of the loss in nats."""
-        return self.needs_statistics and self.calibration.importance != "activation"
-
-    def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """All that statistics and measured errors depend on, as JSON: what a work folder belongs to."""
-        return {
-            "anyquant": __version__,
-            "model": checkpoint.fingerprint(),
-            "method": self.method,
-            "settings": get_method(self.method).settings(self.options),
-            "quantize_embeddings": self.quantize_embeddings,
-            "calibration": self.calibration.identity() if self.needs_statistics else None,
-        }
-
-    def recorded_target(self) -> dict[str, Any]:
-        """The target as JSON, without what was not asked for."""
-        target = {key: value for key, value in vars(self.target).items() if value is not None}
-        return {**target, "allocation": self.scope}
 
 
 @dataclass(frozen=True, eq=False)

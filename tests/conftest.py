@@ -340,8 +340,9 @@ def repository() -> Path:
 def real_ir(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 quantized to BFP4 with blocks of 32: the IR folder of ``anyquant quantize --bits 4.25``."""
     from anyquant.checkpoint import open_checkpoint
+    from anyquant.job import Job, Target
     from anyquant.pipeline import run
-    from anyquant.planning import Job, Target, plan
+    from anyquant.planning import plan
 
     folder = tmp_path_factory.mktemp("real") / "ir"
     run(plan(open_checkpoint(str(real_gguf)), Job("block", Target(bits=4.25), workers=2)), folder)
@@ -358,8 +359,9 @@ def real_skim(real_gguf: Path, real_text: Path, tmp_path_factory: pytest.TempPat
     """SmolLM2 quantized by SKIM to 3.25 bits, a thousandth of the weights as outliers: the plan, and the IR folder."""
     from anyquant.calibration import CalibrationSettings
     from anyquant.checkpoint import open_checkpoint
+    from anyquant.job import Job, Target
     from anyquant.pipeline import run
-    from anyquant.planning import Job, Target, plan
+    from anyquant.planning import plan
     from anyquant.workfolder import work_folder
 
     folder = tmp_path_factory.mktemp("real-skim")

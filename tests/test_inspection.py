@@ -13,8 +13,9 @@ from anyquant import ir
 from anyquant.calibration import CalibrationSettings
 from anyquant.checkpoint import open_checkpoint
 from anyquant.inspection import inspect_ir
+from anyquant.job import Job, Target
 from anyquant.pipeline import run
-from anyquant.planning import Job, Target, plan
+from anyquant.planning import plan
 from anyquant.report.hard import hard_rows, hard_text
 
 

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InfeasibleTarget, InputError, NonFiniteError, UsageError
+from anyquant.job import Job, Target
 from anyquant.pipeline import run
-from anyquant.planning import Job, Plan, Target, feasible_bits, plan
+from anyquant.planning import Plan, feasible_bits, plan
 from anyquant.workers import in_order
 
 

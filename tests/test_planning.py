@@ -16,8 +16,9 @@ from anyquant.calibration import CalibrationSettings, open_statistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InfeasibleTarget, UsageError
 from anyquant.estimates import in_words, seconds
+from anyquant.job import Job, Target
 from anyquant.pipeline import run
-from anyquant.planning import Job, Plan, Target, feasible_bits, forms_of, plan
+from anyquant.planning import Plan, feasible_bits, forms_of, plan
 from anyquant.workfolder import WorkFolder, work_folder
 
 Planner = Callable[..., Plan]

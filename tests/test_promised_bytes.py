@@ -12,7 +12,8 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.exporters.protocol import ExportOptions
 from anyquant.exporters.registry import get_exporter
 from anyquant.inspection import check_export
-from anyquant.planning import Job, Target, plan
+from anyquant.job import Job, Target
+from anyquant.planning import plan
 
 if TYPE_CHECKING:
     from tests.conftest import RealSkim

@@ -19,10 +19,11 @@ from anyquant import measuring
 from anyquant.calibration import CalibrationSettings
 from anyquant.checkpoint import Checkpoint, open_checkpoint
 from anyquant.errors import AnyquantError, CorruptFileError, InfeasibleTarget, InputError, MachineError, UsageError
+from anyquant.job import Job, Target
 from anyquant.methods.block import BlockMethod
 from anyquant.methods.skim import SkimMethod
 from anyquant.pipeline import run
-from anyquant.planning import Job, Plan, Target, plan
+from anyquant.planning import Plan, plan
 from anyquant.sweep import Point, Sweep, TextSettings, load_sweep, sweep
 from anyquant.validation import ValidationSettings, validate
 from anyquant.workfolder import work_folder

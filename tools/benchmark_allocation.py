@@ -27,7 +27,8 @@ from anyquant.calibration import CalibrationSettings
 from anyquant.checkpoint import Checkpoint, open_checkpoint
 from anyquant.console import table
 from anyquant.errors import AnyquantError
-from anyquant.planning import Job, Target, forms_of
+from anyquant.job import Job, Target
+from anyquant.planning import forms_of
 from anyquant.reporting.as_json import plain
 from anyquant.reporting.estimate import Estimate
 from anyquant.reporting.words import number, with_error

@@ -15,9 +15,10 @@ from anyquant import ir
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InfeasibleTarget, UsageError
 from anyquant.forms import Forms
+from anyquant.job import Job
 from anyquant.measuring import calibration_record, measure, statistics_of
 from anyquant.pipeline import dequantized
-from anyquant.planning import Job, Plan, forms_of, plan, predicted_loss
+from anyquant.planning import Plan, forms_of, plan, predicted_loss
 from anyquant.reporting.environment import environment
 from anyquant.sweep.measure import Meter, TextSettings
 from anyquant.sweep.results import Point, Sweep

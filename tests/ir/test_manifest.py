@@ -17,7 +17,7 @@ from anyquant.errors import AnyquantError, CorruptFileError, InputError
 from anyquant.ir.manifest import manifest_json, manifest_size, parse_manifest
 
 SHA = "a" * 64
-DELETE = object()
+DELETE = "to be deleted"
 
 
 def finished(plan: ir.Model, error: float | None = 0.25) -> ir.Model:

@@ -16,8 +16,9 @@ import pytest
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import CorruptFileError, InputError, MachineError, UsageError
+from anyquant.job import Job, Target
 from anyquant.pipeline import run
-from anyquant.planning import Job, Target, plan
+from anyquant.planning import plan
 from anyquant.report.detail import Unit
 from anyquant.report.facts import HARDEST, Facts, collect
 from anyquant.report.html import to_html

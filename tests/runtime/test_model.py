@@ -15,8 +15,9 @@ from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import CorruptFileError, InputError, UnknownArchitecture
 from anyquant.ir import packing
+from anyquant.job import Job, Target
 from anyquant.pipeline import run
-from anyquant.planning import Job, Target, plan
+from anyquant.planning import plan
 from anyquant.runtime import native
 from anyquant.runtime.model import as_stored, checkpoint_tensors
 

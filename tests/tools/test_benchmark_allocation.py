@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from anyquant.checkpoint import open_checkpoint
-from anyquant.planning import Job, Target, plan
+from anyquant.job import Job, Target
+from anyquant.planning import plan
 from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Point, Sweep
 

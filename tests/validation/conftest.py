@@ -10,8 +10,9 @@ import pytest
 
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
+from anyquant.job import Job, Target
 from anyquant.pipeline import run
-from anyquant.planning import Job, Target, plan
+from anyquant.planning import plan
 
 SENTENCE = "The quick brown fox jumps over the lazy dog; number {0} said: what is the time? [x{0}] {1}\n"
 

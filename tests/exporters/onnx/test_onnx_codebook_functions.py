@@ -266,3 +266,11 @@ def test_bodies_have_only_the_steps_that_are_needed() -> None:
     assert "ScatterND" in operators(gather_function(18, Steps()))
     assert "ScatterND" not in operators(gather_function(18, few))
     assert (matmul_function(18, "fold", few).name, gather_function(18, few).name) == (MATMUL, GATHER)
+
+
+@pytest.mark.parametrize("fallback", FALLBACKS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_activations_have_no_products(codebook_of: Make, fallback: str, axis: int) -> None:
+    tensor = codebook_of((13, 24), axis, np.arange((13, 24)[axis]) % 5, scaled=True, outliers=9)
+    found = run(model_of(tensor, fallback), np.zeros((2, 0, 24), np.float32))
+    assert found.shape == (2, 0, 13)

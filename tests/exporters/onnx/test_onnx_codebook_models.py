@@ -263,3 +263,16 @@ def test_inputs_that_are_missing_or_no_constants(export_tied: Callable[[str], An
         _change(folder, change)
         with pytest.raises(CorruptFileError, match=r"model\.onnx: model\."):
             dict(ONNXExporter().read(folder))
+
+
+def test_a_bias_that_is_not_ours(export_tied: Callable[[str], Any], tmp_path: Path) -> None:
+    """The file's values would be equal, but not what it computes."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, np.float32), "one"))
+        next(node for node in proto.graph.node if node.op_type == "CodebookMatMul").input[8] = "one"
+
+    folder = Path(shutil.copytree(export_tied("stream").folder, tmp_path / "model"))
+    _change(folder, change)
+    with pytest.raises(CorruptFileError, match=r"bias is not the zero"):
+        dict(ONNXExporter().read(folder))

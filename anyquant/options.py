@@ -1,0 +1,193 @@
+"""What verbs of the command line share: their options, the job that these describe, its work folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anyquant.console import Output, Size
+from anyquant.errors import Interrupted, UsageError
+
+MODEL = click.argument("model", metavar="MODEL")
+FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+REMOTE = click.option("--trust-remote-code", is_flag=True, help="Let transformers run code shipped with the model.")
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --json and --quiet, and hand the verb an Output as its first argument."""
+
+    def call(as_json: bool, quiet: bool, **arguments: Any) -> None:
+        function(Output(as_json, quiet), **arguments)
+
+    call.__doc__, call.__name__ = function.__doc__, function.__name__
+    call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
+    call = click.option("--quiet", is_flag=True, help="Print errors only.")(call)
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr.")(
+        call
+    )
+
+
+def target_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that ``plan`` and ``quantize`` share."""
+    function = job_options(function)
+    for option in reversed(
+        [
+            click.option(
+                "--bits", type=float, metavar="B", help="Bits per weight of the matrices, all overhead counted."
+            ),
+            click.option("--size", type=Size(), metavar="S", help="Most bytes of the model, such as 75MiB."),
+            click.option(
+                "--for",
+                "size_of",
+                default="ir",
+                show_default=True,
+                metavar="FORMAT",
+                help="--size of the ir, gguf or onnx files.",
+            ),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def job_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how, but not how large: those of ``sweep`` too."""
+    for option in reversed(
+        [
+            click.option("--method", default="block", show_default=True, help="See 'anyquant methods'."),
+            click.option(
+                "--allocation",
+                type=click.Choice(["model", "matrix", "uniform"]),
+                help="Who shares a budget: the model, each matrix; or one width for all.  [model; matrix with "
+                "--importance activation]",
+            ),
+            click.option("--block", type=click.Choice(["16", "32"]), help="block: block length.  [32]"),
+            click.option("--outliers", type=float, metavar="PERCENT", help="skim: weights kept in FP16.  [0]"),
+            click.option(
+                "--calib",
+                default="self",
+                show_default=True,
+                metavar="TEXT",
+                help="skim: text to weight errors by: a file, a dataset id, or self.",
+            ),
+            click.option("--calib-windows", type=int, default=32, show_default=True, help="Windows of that text."),
+            click.option("--calib-window", type=int, default=256, show_default=True, help="Tokens per window."),
+            click.option(
+                "--importance",
+                type=click.Choice(["gradient", "activation", "fisher"]),
+                default="gradient",
+                show_default=True,
+                help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.",
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn by chance."),
+            click.option(
+                "--work-dir",
+                type=click.Path(path_type=Path),
+                metavar="W",
+                help="Keep statistics and errors there, for any later target.",
+            ),
+            click.option("--quantize-embeddings", is_flag=True, help="Include embeddings and lm_head."),
+            click.option(
+                "--count",
+                type=click.Choice(["all", "index"]),
+                default="all",
+                show_default=True,
+                help="What --bits counts: all bytes, or codes alone.",
+            ),
+            click.option(
+                "--workers", type=click.IntRange(1), metavar="N", help="Threads; any number gives the same bytes."
+            ),
+            REVISION,
+            REMOTE,
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+_CALIBRATION = ("calib", "calib_windows", "calib_window", "importance")
+
+
+def refuse_unread(options: Iterable[str], why: str) -> None:
+    """Refuse options that were given, but would change nothing.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    context = click.get_current_context()
+    for name in options:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+def job_of(method: str, bits: float | None, size: int | None, size_of: str, **rest: Any) -> Any:
+    """The job that the options describe.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    from anyquant.calibration import CalibrationSettings
+    from anyquant.job import Job, Target
+    from anyquant.methods import get_method
+
+    options: dict[str, Any] = {}
+    if rest["block"]:
+        options["block"] = int(rest["block"])
+    if rest["outliers"] is not None:
+        options["outliers"] = rest["outliers"]
+    if not get_method(method).needs_statistics:
+        refuse_unread(_CALIBRATION, f"has no meaning for the method {method}, which needs no text.")
+    workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
+    target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
+    calibration = CalibrationSettings(
+        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], rest["importance"]
+    )
+    return Job(
+        method,
+        target,
+        options,
+        quantize_embeddings=rest["quantize_embeddings"],
+        allocation=rest["allocation"],
+        calibration=calibration,
+        workers=workers,
+    )
+
+
+@contextmanager
+def work_of(
+    checkpoint: Any, job: Any, path: Path | None, out: Output, *, resume: bool | None = None, keep: bool = True
+) -> Iterator[Any]:
+    """The work folder of a job; a temporary one without a path. What the calibration found is told at the end.
+
+    ``resume`` is None for verbs that go on by themselves when they are repeated.
+    """
+    import tempfile
+
+    from anyquant.workfolder import work_folder
+
+    with ExitStack() as stack:
+        kept = path or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anyquant-"))) / "work"
+        try:
+            with work_folder(kept, job.identity(checkpoint), resume=bool(resume), keep=keep) as work:
+                yield work
+                for note in work.notes():
+                    out.note(f"calibration: {note}")
+        except KeyboardInterrupt:
+            if path is None:
+                raise
+            raise Interrupted(str(path), resume=resume is not None) from None
+
+
+def open_model(model: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The checkpoint that MODEL names."""
+    from anyquant.checkpoint import open_checkpoint
+    from anyquant.runtime import native
+
+    native.install()
+    return open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
