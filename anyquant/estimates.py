@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
 # million weights at a time; transformers with torch, which make the tokenizer files of a GGUF source; and torch with a
 # model of no weights, on which a calibration runs.
-_BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 350 << 20
+_BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 560 << 20
 _SAMPLE_ROWS = 16
 STAGES = ("calibration", "errors", "quantizing")
 _DRAWING = 24  # bytes for each logit that a token is drawn from: FP32, its probability, the FP64 sums
@@ -75,6 +75,8 @@ def seconds(checkpoint: Checkpoint, job: Job, forms: Forms, stages: Collection[s
     rates = {columns: _row_seconds(forms, columns) for columns in rows}
     measuring, quantizing = (sum(count * rates[columns][i] for columns, count in rows.items()) for i in (0, 1))
     found = {"errors": measuring / job.workers, "quantizing": quantizing / job.workers}
+    if job.needs_statistics:  # what outputs lose, in FP64
+        found["quantizing"] += sum(8 * out * columns**2 for out, columns in forms.shapes) / _multiplications()
     if job.needs_statistics and "calibration" in stages:
         found["calibration"] = _calibration_seconds(checkpoint, job)
     return {stage: found[stage] for stage in STAGES if stage in stages and stage in found}
@@ -105,15 +107,22 @@ def _row_seconds(forms: Forms, columns: int) -> tuple[float, float]:
 
 
 def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
-    a = np.ones((_MULTIPLY, _MULTIPLY), np.float32)
-    a @ a
-    start = time.perf_counter()
-    a @ a
-    rate = 2 * _MULTIPLY**3 / (time.perf_counter() - start)
     settings, shapes = job.calibration, [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
     tokens = settings.windows * settings.window
     learned = {"activation": 0, "gradient": min(tokens, LEARNED_TOKENS), "fisher": tokens}[settings.importance]
     sampled = tokens if settings.source == "self" else 0
     forward = sum(2 * out * columns for out, columns in shapes)
     moments = sum(2 * columns**2 for _, columns in shapes) / 2  # q, k and v, or gate and up, share theirs
-    return ((tokens + 4 * learned + _SAMPLING * sampled) * forward + tokens * moments) * _REST / rate
+    work = (tokens + 4 * learned + _SAMPLING * sampled) * forward + tokens * moments
+    return _REST * work / _multiplications()
+
+
+def _multiplications() -> float:
+    """Operations per second in products of FP32 matrices, on all threads."""
+    a = np.ones((_MULTIPLY, _MULTIPLY), np.float32)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * _MULTIPLY**3 / min(times)
