@@ -122,14 +122,12 @@ def test_the_real_model(tool: ModuleType, real_gguf: Path, real_text: Path, tmp_
         "--widths",
         "3",
         "--targets",
-        "2.5,3.25,4.5",
+        "",
     ]
     code = run(tool, *arguments, "--calib-windows", "8", "--output", tmp_path / "out.json")
     data = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert data["passed"], [c["name"] for c in data["checks"] if not c["passed"]]
     assert code == 0
-    uniform, model, matrix, *targets = data["sweep"]["points"]
+    uniform, model, matrix = data["sweep"]["points"]
     for mixed in (model, matrix):
         assert abs(mixed["bits"] - uniform["bits"]) < 0.001
-    for point, bits in zip(targets, (2.5, 3.25, 4.5), strict=True):
-        assert abs(point["bits"] - bits) <= 0.01
