@@ -125,8 +125,7 @@ class WorkFolder:
 
     def _publish(self, temporary: Path, path: Path) -> None:
         try:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            ir.sync(temporary)
             os.replace(temporary, path)
         except OSError as error:
             raise MachineError(f"cannot write {path}: {error.strerror or error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from anyquant.calibration.store import (
     read_metadata,
 )
 from anyquant.errors import MachineError
-from anyquant.ir import write_safetensors
+from anyquant.ir import sync, write_safetensors
 from anyquant.ir.safetensors_io import SafetensorsReader
 
 _STATES = ".states-{}.npy"
@@ -151,9 +150,9 @@ class CalibrationFolder:
         with _guarded(final):
             temporary.unlink(missing_ok=True)
             write(temporary)
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, final)
-            _sync(self.folder)
+            sync(self.folder)
 
 
 def notes(wanted: Sequence[str], diagonals: Mapping[str, Floats]) -> list[str]:
@@ -195,18 +194,6 @@ def _fingerprint(folder: Path, files: Sequence[str]) -> str:
             while block := stream.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the list of names that a folder is, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from anyquant.ir.spec import (
     Spec,
 )
 from anyquant.ir.tensor import ZERO_BLOCK, Tensor
-from anyquant.ir.writer import Loss, Progress, refuse_existing, write_ir
+from anyquant.ir.writer import Loss, Progress, refuse_existing, sync, write_ir
 
 __all__ = [
     "DENSE_DTYPES",
@@ -52,6 +52,7 @@ __all__ = [
     "refuse_existing",
     "row_chunks",
     "same_plan",
+    "sync",
     "tensor_digest",
     "write_ir",
     "write_safetensors",

@@ -85,7 +85,7 @@ def _refuse_unreadable(model: Model) -> None:
             )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the list of names that a folder is, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -101,10 +101,10 @@ def _publish(temporary: Path, path: Path) -> None:
     """Give a whole folder its name; after a power cut it is there as a whole or not at all."""
     for file in temporary.rglob("*"):
         if not file.is_symlink():
-            _sync(file)
-    _sync(temporary)
+            sync(file)
+    sync(temporary)
     temporary.rename(path)  # replaces an empty folder
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_ir(

@@ -147,10 +147,10 @@ def test_file_systems_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pyte
         return raising
 
     monkeypatch.setattr(os, "fsync", fsync(22))
-    writer._sync(tmp_path)
+    writer.sync(tmp_path)
     monkeypatch.setattr(os, "fsync", fsync(5))
     with pytest.raises(OSError, match="x"):
-        writer._sync(tmp_path)
+        writer.sync(tmp_path)
 
 
 CHILD = """
