@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,7 @@ def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
     return _REST * work / _multiplications()
 
 
+@cache
 def _multiplications() -> float:
     """Operations per second in products of FP32 matrices, on all threads."""
     a = np.ones((_MULTIPLY, _MULTIPLY), np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,21 +167,19 @@ def work_of(
 
     ``resume`` is None for verbs that go on by themselves when they are repeated.
     """
-    import tempfile
+    from anyquant.workfolder import temporary_work_folder, work_folder
 
-    from anyquant.workfolder import work_folder
-
-    with ExitStack() as stack:
-        kept = path or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anyquant-"))) / "work"
-        try:
-            with work_folder(kept, job.identity(checkpoint), resume=bool(resume), keep=keep) as work:
-                yield work
-                for note in work.notes():
-                    out.note(f"calibration: {note}")
-        except KeyboardInterrupt:
-            if path is None:
-                raise
-            raise Interrupted(str(path), resume=resume is not None) from None
+    identity = job.identity(checkpoint)
+    folder = work_folder(path, identity, resume=bool(resume), keep=keep) if path else temporary_work_folder(identity)
+    try:
+        with folder as work:
+            yield work
+            for note in work.notes():
+                out.note(f"calibration: {note}")
+    except KeyboardInterrupt:
+        if path is None:
+            raise
+        raise Interrupted(str(path), resume=resume is not None) from None
 
 
 def open_model(model: str, revision: str | None, trust_remote_code: bool) -> Any:

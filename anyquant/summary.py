@@ -40,8 +40,7 @@ def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
         data["loss"] = planned.loss
     if exports:
         data["exports"] = {name: _exports(planned.model, name) for name in plugins(EXPORTERS)}
-        unmeasured = () if planned.measured else ("errors",)
-        stages = [stage for stage in STAGES if stage not in unmeasured]
+        stages = [stage for stage in STAGES if stage != "errors" or planned.measured]
         data["seconds"] = seconds(planned.checkpoint, planned.job, forms_of(planned.checkpoint, planned.job), stages)
     return data
 

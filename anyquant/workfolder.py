@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,16 @@ def _differences(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> st
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+@contextmanager
+def temporary_work_folder(job: dict[str, Any]) -> Iterator[WorkFolder]:
+    """A work folder for the time of the context, where the user has named none."""
+    with (
+        tempfile.TemporaryDirectory(prefix="anyquant-") as parent,
+        work_folder(Path(parent) / "work", job, resume=False, keep=True) as work,
+    ):
+        yield work
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class Tokens:
     notes: list[str]
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer that goes with a checkpoint.
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that goes with a checkpoint, by way of a temporary folder.
 
     Raises:
         InputError: there is none that transformers can load.
@@ -45,10 +45,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
         checkpoint.write_side_files(Path(folder))
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(
-                f"{checkpoint.name}: transformers cannot load its tokenizer, which calibration needs "
+                f"{checkpoint.name}: transformers cannot load its tokenizer, by which texts are cut "
                 f"({type(error).__name__}). Put tokenizer.json and tokenizer_config.json beside the weights."
             ) from error
 

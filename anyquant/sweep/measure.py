@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant import ir
+from anyquant.calibration.tokens import load_tokenizer
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, MachineError, UsageError
 from anyquant.reporting.estimate import Estimate
@@ -89,7 +90,7 @@ class Meter:
         self._trust = trust_remote_code
         self._windows, notes = texts.cut_text(
             text.path,
-            _tokenizer(checkpoint, trust_remote_code),
+            load_tokenizer(checkpoint, trust_remote_code),
             checkpoint.config,
             window=text.window,
             windows=text.windows,
@@ -182,13 +183,6 @@ class Meter:
                 f"no room in {folder} for {nbytes:,} bytes of the source's logits: {error.strerror or error}. "
                 "Choose fewer --windows, or another folder with TMPDIR=..."
             ) from error
-
-
-def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The model's own, by way of a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
-        checkpoint.write_side_files(Path(folder))
-        return texts.load_tokenizer(Path(folder), trust_remote_code)
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from anyquant.reporting.environment import environment
 from anyquant.sweep.measure import Meter, TextSettings
 from anyquant.sweep.results import Point, Sweep
 from anyquant.validation.runners.protocol import default_threads
-from anyquant.workfolder import WorkFolder, work_folder
+from anyquant.workfolder import WorkFolder, temporary_work_folder
 
 
 def sweep(
@@ -72,7 +71,7 @@ def sweep(
     if text and _same_file(jobs[0], text):
         say("Losses are measured on the text of the calibration: on other texts they are larger.")
     meter = text and Meter(checkpoint, text, trust_remote_code=trust_remote_code, progress=progress, note=say)
-    with _kept(checkpoint, jobs[0], work) as folder:
+    with nullcontext(work) if work else temporary_work_folder(jobs[0].identity(checkpoint)) as folder:
         planned = [_plan(checkpoint, job, folder, progress) for job in jobs]
         infeasible = [found for found in planned if isinstance(found, InfeasibleTarget)]
         if len(infeasible) == len(jobs):
@@ -114,18 +113,6 @@ def _same_file(job: Job, text: TextSettings) -> bool:
         and calibration.kind == "text"
         and text.path.resolve() == Path(calibration.source).resolve()
     )
-
-
-@contextmanager
-def _kept(checkpoint: Checkpoint, job: Job, work: WorkFolder | None) -> Iterator[WorkFolder]:
-    """The work folder, or a temporary one."""
-    if work is not None:
-        yield work
-        return
-    with tempfile.TemporaryDirectory(prefix="anyquant-") as parent:
-        folder = Path(parent) / "work"
-        with work_folder(folder, job.identity(checkpoint), resume=False, keep=True) as made:
-            yield made
 
 
 def _plan(checkpoint: Checkpoint, job: Job, work: WorkFolder, progress: ir.Progress | None) -> Plan | InfeasibleTarget:

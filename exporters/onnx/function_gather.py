@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyquant.exporters.onnx.function_steps import Steps, decode, finish
+from anyquant.exporters.onnx.function_steps import Steps, decode, finish, outlier_bounds
 
 # The chosen rows as channels of equal width, the widest of them, with rows of zeros for planes that one lacks.
 _CHOOSE = """
@@ -54,16 +54,7 @@ _CHOOSE = """
 """
 
 _CHOOSE_OUTLIERS = """
-  pointer_count = Shape (outlier_indptr)
-  last_pointer = Sub (pointer_count, one)
-  chosen_and_one = Add (chosen, one)
-  pointer_of_begin = Min (chosen, last_pointer)
-  pointer_of_end = Min (chosen_and_one, last_pointer)
-  chosen_begin_32 = Gather (outlier_indptr, pointer_of_begin)
-  chosen_begin = Cast <to = 7> (chosen_begin_32)
-  chosen_end_32 = Gather (outlier_indptr, pointer_of_end)
-  chosen_end = Cast <to = 7> (chosen_end_32)
-  chosen_count = Sub (chosen_end, chosen_begin)
+  chosen_count = Sub (outlier_end, outlier_begin)
   most_outliers_64 = ReduceMax <keepdims = 0> (chosen_count)
   most_outliers = Cast <to = 6> (most_outliers_64)
   slot_32 = Range (none, most_outliers, single)
@@ -73,7 +64,7 @@ _CHOOSE_OUTLIERS = """
   used_places = NonZero (is_used)
   used_channel = Gather (used_places, none)
   used_slot = Gather (used_places, single)
-  used_begin = Gather (chosen_begin, used_channel)
+  used_begin = Gather (outlier_begin, used_channel)
   used_outlier = Add (used_begin, used_slot)
   used_column = Gather (outlier_index, used_outlier)
   used_position = Cast <to = 7> (used_column)
@@ -88,7 +79,7 @@ def gather_body(steps: Steps) -> str:
     if steps.scaled:
         text += "  t = Identity (one)\n  scale = Cast <to = 1> (input_scale)\n"
     if steps.outliers:
-        text += _CHOOSE_OUTLIERS
+        text += "  chosen_and_one = Add (chosen, one)\n" + outlier_bounds("chosen", "chosen_and_one") + _CHOOSE_OUTLIERS
     last_steps, rows = finish(steps, "scale", "used_channel", "used_position", "used_value_32")
     return f"""{text}{last_steps}
   leading = Shape (indices)

@@ -88,6 +88,20 @@ def decode(bits: str, planes: str, codebook: str, spare_entries: str, steps: Ste
 """
 
 
+def outlier_bounds(first_row: str, row_after: str) -> str:
+    """Where the outliers of rows begin and end, "outlier_begin" and "outlier_end"; also where there are none at all."""
+    return f"""
+  pointer_count = Shape (outlier_indptr)
+  last_pointer = Sub (pointer_count, one)
+  pointer_of_begin = Min ({first_row}, last_pointer)
+  pointer_of_end = Min ({row_after}, last_pointer)
+  outlier_begin_32 = Gather (outlier_indptr, pointer_of_begin)
+  outlier_begin = Cast <to = 7> (outlier_begin_32)
+  outlier_end_32 = Gather (outlier_indptr, pointer_of_end)
+  outlier_end = Cast <to = 7> (outlier_end_32)
+"""
+
+
 def outlier_places(row_starts: str, index: str, value: str, first_column: str) -> str:
     """Where outliers, in CSR, lie in "decoded": "outlier_channel", "outlier_position" int64; and their FP32 values.
 

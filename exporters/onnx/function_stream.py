@@ -6,7 +6,7 @@ of the two it is, ``t`` says: 1 or 0. Nothing in here depends on it but sizes an
 
 from __future__ import annotations
 
-from anyquant.exporters.onnx.function_steps import Steps, decode, finish, outlier_places
+from anyquant.exporters.onnx.function_steps import Steps, decode, finish, outlier_bounds, outlier_places
 
 BLOCK = 1 << 20
 """Weights that are decoded at a time; one channel at least."""
@@ -71,14 +71,6 @@ _OUTLIER_BLOCKS = """
   end_less_n_if_t = Mul (end_less_n, t)
   output_end = Add (n, end_less_n_if_t)
   second_output = Add (output_begin, one)
-  pointer_count = Shape (outlier_indptr)
-  last_pointer = Sub (pointer_count, one)
-  pointer_of_begin = Min (output_begin, last_pointer)
-  pointer_of_end = Min (output_end, last_pointer)
-  outlier_begin_32 = Gather (outlier_indptr, pointer_of_begin)
-  outlier_begin = Cast <to = 7> (outlier_begin_32)
-  outlier_end_32 = Gather (outlier_indptr, pointer_of_end)
-  outlier_end = Cast <to = 7> (outlier_end_32)
 """
 
 _OUTLIERS_OF_BLOCK = """
@@ -126,7 +118,7 @@ def stream_body(steps: Steps, block: int) -> str:
         before += _SCALE_BLOCKS
         inside += "  block_scale = Slice (filled_scale, input_0, input_1)\n"
     if steps.outliers:
-        before += _OUTLIER_BLOCKS
+        before += _OUTLIER_BLOCKS + outlier_bounds("output_begin", "output_end")
         bounds |= {"second_output": "second_output_of_block", "output_end": "output_end_of_block"}
         bounds |= {"outlier_begin": "outlier_begin_of_block", "outlier_end": "outlier_end_of_block"}
         inside += _OUTLIERS_OF_BLOCK
