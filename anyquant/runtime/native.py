@@ -19,7 +19,7 @@ from anyquant.errors import MachineError
 from anyquant.ir import packing
 
 LIBRARY = "libanyquant_core.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 """AQ_ABI_VERSION of the header that this module was written for."""
 
 _SIZE, _INT32, _BITS = ctypes.c_size_t, ctypes.c_int32, ctypes.c_int
@@ -31,13 +31,14 @@ _FUNCTIONS: dict[str, list[type]] = {
     "aq_kmeans_errors": [*_BUFFER, *_BUFFER, _SIZE, _SIZE, *_BUFFER, *_BUFFER, *_BUFFER],
     "aq_kmeans": [*_BUFFER, *_BUFFER, _SIZE, _SIZE, _INT32, *_BUFFER, *_BUFFER],
     "aq_assign": [*_BUFFER, _SIZE, _SIZE, *_BUFFER, _INT32, *_BUFFER],
+    "aq_refine_rows": [*_BUFFER * 4, _SIZE, _SIZE, _INT32, _INT32, _INT32, *_BUFFER * 4],
 }
 """Functions that return a status, with what they take; the header says more."""
 
 _STATUS = {
     -1: "a bad argument",
     -2: "a buffer of the wrong length",
-    -3: "a code that does not fit into its bits",
+    -3: "a code that does not fit into its bits or its codebook",
 }
 
 
@@ -68,6 +69,8 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
             return None, f"{path} has interface version {version}, this anyquant needs {ABI_VERSION}: install it again"
         library.aq_kmeans_workspace.restype = ctypes.c_size_t
         library.aq_kmeans_workspace.argtypes = [ctypes.c_size_t]
+        library.aq_refine_workspace.restype = ctypes.c_size_t
+        library.aq_refine_workspace.argtypes = [ctypes.c_size_t, ctypes.c_int32]
         for name, arguments in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype = ctypes.c_int

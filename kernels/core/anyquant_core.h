@@ -17,12 +17,12 @@ extern "C" {
 #endif
 
 /* Changes whenever the meaning or the arguments of an existing function change. */
-#define AQ_ABI_VERSION 2
+#define AQ_ABI_VERSION 3
 
 #define AQ_OK 0
 #define AQ_BAD_ARGUMENT (-1) /* a null pointer with a length, or bits or a number of clusters out of range */
 #define AQ_BAD_LENGTH (-2)   /* a buffer's length is not what the other arguments ask for */
-#define AQ_BAD_VALUE (-3)    /* an element to pack does not fit into bits */
+#define AQ_BAD_VALUE (-3)    /* an element to pack does not fit into bits, or a code is not below k */
 
 AQ_API int aq_abi_version(void);
 
@@ -64,6 +64,23 @@ AQ_API int aq_kmeans(const float* values, size_t values_len, const float* weight
  * go to the lowest code. */
 AQ_API int aq_assign(const float* values, size_t values_len, size_t rows, size_t cols, const float* codebook,
                      size_t codebook_len, int32_t k, uint8_t* codes, size_t codes_len);
+
+/* Lower loss (q - w)^T H (q - w) of rows with codebooks, by moving entries and codes; q is codebook[code] * scale.
+ *
+ * moment: H, cols * cols, symmetric and positive semi-definite.  weights: w, rows * cols.  fixed: none (null and 0), or
+ * rows * cols: what stands for a weight whatever its code, NaN where the code counts.  scale: none, or cols, positive.
+ * codebook: rows * k FP16 numbers, each row ascending; codes: rows * cols, below k; both are overwritten, and entries
+ * that no code names may then hold anything.  losses: rows * 2, before and after, never more than before.
+ * All finite but for the NaN; cols 1..2^24, k 1..256; lengths as above. On AQ_BAD_VALUE, a code, nothing is written. */
+
+/* 0 where cols or k is out of range. */
+AQ_API size_t aq_refine_workspace(size_t cols, int32_t k);
+
+AQ_API int aq_refine_rows(const float* moment, size_t moment_len, const float* weights, size_t weights_len,
+                          const float* fixed, size_t fixed_len, const float* scale, size_t scale_len, size_t rows,
+                          size_t cols, int32_t k, int32_t alternations, int32_t cycles, float* codebook,
+                          size_t codebook_len, uint8_t* codes, size_t codes_len, double* losses, size_t losses_len,
+                          void* workspace, size_t workspace_len);
 
 #ifdef __cplusplus
 }
