@@ -43,12 +43,16 @@ class FisherPass(ForwardPass):
     The loss is the summed cross-entropy of the next token; logits are made a few at a time.
     """
 
-    def __init__(self, *arguments: Any, rows_alone: bool = False) -> None:
-        """As any pass; with ``rows_alone`` only the mean of g_i^2 is recorded, over the first few windows."""
+    def __init__(self, *arguments: Any, rows_alone: bool = False, row_groups: int = 0) -> None:
+        """As any pass; with ``rows_alone`` only the mean of g_i^2 is recorded, over the first few windows.
+
+        Groups of rows have their moments recorded too; then all windows are gone through.
+        """
         super().__init__(*arguments)
         windows, window = self.ids.shape
-        self.learned = min(windows, max(1, LEARNED_TOKENS // window)) if rows_alone else windows
-        self._rows_alone = rows_alone
+        few = rows_alone and not row_groups
+        self.learned = min(windows, max(1, LEARNED_TOKENS // window)) if few else windows
+        self._rows_alone, self._row_groups = rows_alone, row_groups
 
     def run(self) -> None:
         """Go through the model and back, and store the moments and gradients of every section.
@@ -79,7 +83,8 @@ class FisherPass(ForwardPass):
             self.folder.save_gradients(outside, gradients.result())
 
     def _sums(self, wanted: set[str]) -> GradientSums:
-        return GradientSums(wanted, self.learned * self.ids.shape[1], rows_alone=self._rows_alone)
+        tokens = self.learned * self.ids.shape[1]
+        return GradientSums(wanted, tokens, rows_alone=self._rows_alone, row_groups=self._row_groups)
 
     def _streamed(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
         if not hidden.requires_grad:  # the first block: the way back ends there

@@ -58,7 +58,7 @@ class StreamedModel:
         self.model.eval()
         self.name, self._checkpoint = checkpoint.name, checkpoint
         self.base: Any = self.model.get_decoder()  # which some families call past their base model
-        path, self.blocks = _decoder_blocks(self.model, checkpoint.name)
+        path, self.blocks = decoder_blocks(self.model, checkpoint.name)
         self.outside = len(self.blocks)
 
         self._sections: dict[int, list[Piece]] = {number: [] for number in range(self.outside + 1)}
@@ -192,7 +192,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _decoder_blocks(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
+def decoder_blocks(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
     """Path and members of the longest list of modules that lies in no other list.
 
     Raises:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from anyquant.calibration.store import (
     ABOUT,
     FORMAT,
+    GUIDED,
     TOKENS,
     Floats,
     Moment,
@@ -93,7 +94,7 @@ class CalibrationFolder:
         return (self.folder / gradients_file(section)).exists()
 
     def save_gradients(self, section: int, gradients: dict[str, Floats]) -> None:
-        """Store S-diag, float32 [out, in] of each matrix of a section."""
+        """Store what :meth:`anyquant.calibration.gradients.GradientSums.result` gives for a section."""
         self._arrays(gradients_file(section), gradients, None)
 
     def save_states(self, block: int, states: Floats) -> None:
@@ -120,7 +121,8 @@ class CalibrationFolder:
         gradients: dict[str, str] = {}
         for file in files:
             if file.startswith("gradients"):
-                gradients |= {name: file for name in SafetensorsReader(self.folder / file).entries}
+                found = SafetensorsReader(self.folder / file).entries
+                gradients |= {name: file for name in found if not name.endswith(GUIDED)}
                 continue
             for number, entry in enumerate(read_metadata(self.folder / file, "inputs")):
                 inputs.append({**entry, "file": file, "key": str(number)})

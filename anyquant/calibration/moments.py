@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from anyquant.calibration.capture import Reading
-from anyquant.calibration.store import Moment
+from anyquant.calibration.store import Floats, Moment
 from anyquant.errors import AnyquantError
 
 _ROWS = 256
 """Rows of a moment that are computed in one product: only what is right of the diagonal is needed."""
 
 
-@dataclass
-class _Sum:
-    """Over the tokens of one input: how many, sums of x x^T (upper triangle) and of x^2."""
+class Square:
+    """The sum of x x^T over tokens: its upper triangle in FP32, its diagonal in FP64."""
 
-    tokens: int
-    full: torch.Tensor  # FP32 [in, in]
-    diagonal: torch.Tensor  # FP64 [in]
+    def __init__(self, columns: int) -> None:
+        """Begin with 0 tokens."""
+        self.tokens = 0
+        self.full = torch.zeros(columns, columns)
+        self.diagonal = torch.zeros(columns, dtype=torch.float64)
 
     def add(self, x: torch.Tensor) -> None:
+        """Add tokens, FP32 [tokens, in]."""
         self.tokens += len(x)
         self.diagonal += x.square().sum(dim=0, dtype=torch.float64)
         for row in range(0, x.shape[1], _ROWS):
             self.full[row : row + _ROWS, row:].addmm_(x[:, row : row + _ROWS].T, x[:, row:])
+
+    def triangle(self, tokens: int) -> Floats:
+        """The upper triangle of the mean over so many tokens, row by row, float32 [in * (in + 1) / 2]."""
+        full = self.full / tokens
+        full.diagonal().copy_(self.diagonal / tokens)  # of which more digits are right
+        square = full.numpy()
+        return np.concatenate([square[row, row:] for row in range(len(square))])
 
 
 class MomentSums:
@@ -43,7 +51,7 @@ class MomentSums:
         """Record these matrices and pass over all others."""
         self._wanted = wanted
         self._waiting: list[tuple[torch.Tensor, int, list[str]]] = []
-        self._sums: dict[tuple[str, ...], _Sum] = {}
+        self._sums: dict[tuple[str, ...], Square] = {}
 
     def product(self, x: torch.Tensor, readings: list[Reading], output: torch.Tensor) -> None:
         """Take note of a product; see :data:`anyquant.calibration.capture.Product`."""
@@ -69,7 +77,7 @@ class MomentSums:
             key = tuple(dict.fromkeys(names))
             columns = x.shape[-1]
             if key not in self._sums:
-                self._sums[key] = _Sum(0, torch.zeros(columns, columns), torch.zeros(columns, dtype=torch.float64))
+                self._sums[key] = Square(columns)
             self._sums[key].add(x.reshape(-1, columns))
         self._waiting.clear()
 
@@ -93,15 +101,18 @@ def _same(x: torch.Tensor, other: torch.Tensor) -> bool:
     return x.stride() == other.stride() or (x.is_contiguous() and other.is_contiguous())
 
 
-def _mean(names: list[str], sums: list[_Sum]) -> Moment:
-    tokens = sum(each.tokens for each in sums)
-    full = sums[0].full if len(sums) == 1 else torch.stack([each.full for each in sums]).sum(dim=0)
-    diagonal = torch.stack([each.diagonal for each in sums]).sum(dim=0) / tokens
-    full = full / tokens
-    full.diagonal().copy_(diagonal)  # of which more digits are right
-    square, n = full.numpy(), len(diagonal)
-    triangle = np.concatenate([square[row, row:] for row in range(n)])
-    return Moment(tuple(names), tokens, diagonal.numpy().astype(np.float32), triangle)
+def _mean(names: list[str], sums: list[Square]) -> Moment:
+    total = sums[0] if len(sums) == 1 else _together(sums)
+    diagonal = (total.diagonal / total.tokens).numpy().astype(np.float32)
+    return Moment(tuple(names), total.tokens, diagonal, total.triangle(total.tokens))
+
+
+def _together(sums: list[Square]) -> Square:
+    total = Square(len(sums[0].diagonal))
+    total.tokens = sum(each.tokens for each in sums)
+    total.full = torch.stack([each.full for each in sums]).sum(dim=0)
+    total.diagonal = torch.stack([each.diagonal for each in sums]).sum(dim=0)
+    return total
 
 
 def one_hot(name: str, tokens: int, columns: int) -> Moment:

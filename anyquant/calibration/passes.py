@@ -1,4 +1,4 @@
-"""The pass forwards: moments of all matrices, the weights of one block in memory at a time."""
+"""Passes through a model, the weights of one block in memory at a time; the one forwards records all moments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from anyquant.calibration.blocks import Parts, StreamedModel
 from anyquant.calibration.capture import Capture, Product, Reading
 from anyquant.calibration.folder import CalibrationFolder
 from anyquant.calibration.moments import MomentSums, one_hot
+from anyquant.calibration.store import Moment
 from anyquant.errors import InputError
 from anyquant.ir import Progress
 
@@ -21,50 +22,31 @@ BlockPass = Callable[[int, BatchedCall, torch.Tensor], Any]
 """(number of the block, its call, hidden states of all windows) -> what the block returns."""
 
 
-class ForwardPass:
-    """Records the moments of some matrices of a model on some tokens.
+class StreamedPass:
+    """What every pass shares: the way of all windows through the blocks, and who is told of which product.
 
     All windows go through a block before the next one is loaded, so the hidden states of all tokens are in memory
     (twice), with one block, its moments, and what a few thousand tokens leave behind in it.
     """
 
-    def __init__(
-        self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], folder: CalibrationFolder, progress: Progress
-    ) -> None:
+    overflow = (
+        "The weights are finite, so their products overflow FP32: the checkpoint is damaged, or its config.json "
+        "belongs to another model."
+    )
+    """What it means that activations are not finite, and what to do."""
+
+    def __init__(self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], progress: Progress) -> None:
         """Prepare.
 
         Args:
             model: without weights, and so it will be left.
             ids: int64 [windows, window].
             wanted: names of the matrices to record.
-            folder: gets the moments section by section; what it holds already is not computed again.
             progress: called after each block.
         """
-        self.model, self.ids, self.wanted, self.folder, self.progress = model, ids, wanted, folder, progress
+        self.model, self.ids, self.wanted, self.progress = model, ids, wanted, progress
         self._product: Product = _ignore
         self.capture = Capture(lambda x, readings, output: self._product(x, readings, output))
-
-    def run(self) -> None:
-        """Go through the model and store the moments of every section.
-
-        Raises:
-            InputError: activations are not finite.
-            NonFiniteError: a weight is not.
-            MachineError: the disk is full.
-        """
-        if self.complete(self.folder.has_moments):
-            return
-        outside = self.model.outside
-        sums = MomentSums(self.wanted_in(outside))
-        parts = self.model.load(outside, head=False)
-        with torch.no_grad():
-            output = self.through_blocks(parts, sums.product, self.block)
-            self.finish_outside(sums, output)
-        self.model.free(outside)
-
-    def complete(self, has: Callable[[int], bool]) -> bool:
-        """Whether every section that something is wanted of is stored."""
-        return all(has(section) for section in range(self.model.outside + 1) if self.wanted_in(section))
 
     def wanted_in(self, section: int) -> set[str]:
         """The names to be recorded that lie in a section."""
@@ -96,26 +78,29 @@ class ForwardPass:
         with self.model.calls(call), self.recording(parts, product), self.capture:
             return self.model.base(input_ids=self.ids, use_cache=False)
 
-    def block(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
-        """Take all windows through a block, and store the moments of its inputs.
+    def through_block(
+        self, number: int, call: BatchedCall, hidden: torch.Tensor, after: Callable[[], None] = lambda: None
+    ) -> Any:
+        """Take all windows through a loaded block.
+
+        Args:
+            number: of the block.
+            call: the block's.
+            hidden: states before the block, of all windows.
+            after: called after each batch.
+
+        Returns:
+            What the block returns.
 
         Raises:
-            InputError: what comes out is not finite.
+            InputError: it is not finite.
         """
-        done = self.folder.has_moments(number)
-        sums = MomentSums(set() if done else self.wanted_in(number))
-        parts = self.model.load(number)
         states, result = torch.empty_like(hidden), None
-        with self.recording(parts, sums.product):
-            for windows in call.batches():
-                result = call(hidden[windows], windows)
-                states[windows] = first(result)
-                sums.flush()
-        self.model.free(number)
+        for windows in call.batches():
+            result = call(hidden[windows], windows)
+            states[windows] = first(result)
+            after()
         self.require_finite(states, f"the output of block {number}")
-        if not done and self.wanted_in(number):
-            self.folder.save_moments(number, sums.result())
-        self.progress("moments", number + 1, len(self.model.blocks))
         return (states, *result[1:]) if isinstance(result, tuple) else states
 
     def require_finite(self, states: torch.Tensor, what: str) -> None:
@@ -129,12 +114,11 @@ class ForwardPass:
             window, position = bad.any(dim=-1).nonzero()[0].tolist()
             raise InputError(
                 f"{self.model.name}: {what} holds {int(bad.sum()):,} values of {bad.numel():,} that are NaN or "
-                f"infinite, the first in window {window} at token {position}. The weights are finite, so their "
-                "products overflow FP32: the checkpoint is damaged, or its config.json belongs to another model."
+                f"infinite, the first in window {window} at token {position}. {self.overflow}"
             )
 
-    def finish_outside(self, sums: MomentSums, output: Any) -> None:
-        """Store the moments of what lies in no block, the output head among them.
+    def outside_moments(self, sums: MomentSums, output: Any) -> list[Moment]:
+        """The moments of what lies in no block, the output head among them.
 
         Args:
             sums: of what the model has called so far.
@@ -142,8 +126,6 @@ class ForwardPass:
         """
         model = self.model
         names = self.wanted_in(model.outside)
-        if not names or self.folder.has_moments(model.outside):
-            return
         sums.flush()
         if model.head in names:
             head = str(model.head)
@@ -158,7 +140,7 @@ class ForwardPass:
         moments = sums.result()
         if model.embedding in names and model.embedding != model.head:
             moments.append(one_hot(str(model.embedding), self.ids.numel(), output.last_hidden_state.shape[-1]))
-        self.folder.save_moments(model.outside, moments)
+        return moments
 
     def logits(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
         """What the model makes of last hidden states: its head, with whatever scaling or capping its family does.
@@ -174,6 +156,62 @@ class ForwardPass:
         with _replaced(self.model.base, base):
             logits: torch.Tensor = self.model.model(input_ids=self.ids[:1], use_cache=False).logits
         return logits
+
+
+class ForwardPass(StreamedPass):
+    """Records the moments of some matrices of a model on some tokens."""
+
+    def __init__(
+        self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], folder: CalibrationFolder, progress: Progress
+    ) -> None:
+        """As any pass; ``folder`` gets the moments section by section, and what it holds is not computed again."""
+        super().__init__(model, ids, wanted, progress)
+        self.folder = folder
+
+    def run(self) -> None:
+        """Go through the model and store the moments of every section.
+
+        Raises:
+            InputError: activations are not finite.
+            NonFiniteError: a weight is not.
+            MachineError: the disk is full.
+        """
+        if self.complete(self.folder.has_moments):
+            return
+        outside = self.model.outside
+        sums = MomentSums(self.wanted_in(outside))
+        parts = self.model.load(outside, head=False)
+        with torch.no_grad():
+            output = self.through_blocks(parts, sums.product, self.block)
+            self.finish_outside(sums, output)
+        self.model.free(outside)
+
+    def complete(self, has: Callable[[int], bool]) -> bool:
+        """Whether every section that something is wanted of is stored."""
+        return all(has(section) for section in range(self.model.outside + 1) if self.wanted_in(section))
+
+    def block(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
+        """Take all windows through a block, and store the moments of its inputs.
+
+        Raises:
+            InputError: what comes out is not finite.
+        """
+        done = self.folder.has_moments(number)
+        sums = MomentSums(set() if done else self.wanted_in(number))
+        parts = self.model.load(number)
+        with self.recording(parts, sums.product):
+            output = self.through_block(number, call, hidden, sums.flush)
+        self.model.free(number)
+        if not done and self.wanted_in(number):
+            self.folder.save_moments(number, sums.result())
+        self.progress("moments", number + 1, len(self.model.blocks))
+        return output
+
+    def finish_outside(self, sums: MomentSums, output: Any) -> None:
+        """Store the moments of what lies in no block; see :meth:`outside_moments`."""
+        outside = self.model.outside
+        if self.wanted_in(outside) and not self.folder.has_moments(outside):
+            self.folder.save_moments(outside, self.outside_moments(sums, output))
 
 
 def _ignore(x: torch.Tensor, readings: list[Reading], output: torch.Tensor) -> None:

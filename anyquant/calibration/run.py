@@ -76,7 +76,7 @@ def calibrate(
     if about is None:
         about = work.begin(identity, versions, torch.get_num_threads())
     _require_same(folder, about["versions"], versions)
-    with _threads(about["threads"]):
+    with torch_threads(about["threads"]):
         _run(checkpoint, names, settings, work, progress or (lambda name, done, whole: None))
     return work.finish(names)
 
@@ -106,7 +106,7 @@ def _run(
     if settings.importance == "activation":
         ForwardPass(*arguments).run()
     else:
-        FisherPass(*arguments, rows_alone=settings.importance == "gradient").run()
+        FisherPass(*arguments, rows_alone=settings.importance == "gradient", row_groups=settings.row_groups).run()
 
 
 def _tokens(checkpoint: Checkpoint, model: StreamedModel, settings: CalibrationSettings, progress: Progress) -> Tokens:
@@ -144,7 +144,7 @@ def _brief(value: Any) -> str:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Let torch compute with so many threads while this lasts."""
     import torch
 

@@ -35,6 +35,8 @@ class CalibrationSettings:
         seed: of the sampling, or of the choice of windows.
         importance: "activation" records second moments of the inputs x; "gradient" also those of the gradients g of
             the loss at each output, E[g_i^2], on the first few windows; "fisher" E[g_i^2 x_j^2] for each weight.
+        row_groups: of neighbouring rows, for each of which E[g^2 x x^T] is recorded as well, with g^2 the mean over the
+            group; 0 for none. It takes gradients of all windows.
     """
 
     source: str = SELF
@@ -42,6 +44,7 @@ class CalibrationSettings:
     window: int = 256
     seed: int = 0
     importance: str = "gradient"
+    row_groups: int = 0
 
     def check(self) -> None:
         """Refuse settings out of range, before anything is loaded.
@@ -49,12 +52,14 @@ class CalibrationSettings:
         Raises:
             UsageError: names the setting.
         """
-        for name, least in (("windows", 1), ("window", 2), ("seed", 0)):
+        for name, least in (("windows", 1), ("window", 2), ("seed", 0), ("row_groups", 0)):
             value = getattr(self, name)
             if value < least:
                 raise UsageError(f"the calibration's {name} is {value}; it must be at least {least}")
         if self.importance not in IMPORTANCE:
             raise UsageError(f"--importance is {self.importance!r}; it is one of {', '.join(IMPORTANCE)}")
+        if self.row_groups and self.importance == "activation":
+            raise UsageError("groups of rows are weighted by gradients, which --importance activation does not record")
 
     @property
     def kind(self) -> str:

@@ -4,7 +4,8 @@
     tokens.safetensors          ids: uint32 [windows, window]
     moments-0000.safetensors    of each block, for each distinct input k: "k.diagonal" F32 [in] and "k.moment",
                                 the upper triangle of the mean of x x^T row by row, F32 [in * (in + 1) / 2]
-    gradients-0000.safetensors  of each block, under the names of its matrices: F32 [out, in] (fisher) or [out]
+    gradients-0000.safetensors  of each block, under the names of its matrices: F32 [out, in] (fisher) or [out]; and
+                                name + ".guided", F32 [groups, in * (in + 1) / 2], where groups were asked for
 
 The number after the last block's is that of everything outside of the blocks (output head, embeddings). Every file
 appears under its name only when it is whole.
@@ -27,6 +28,8 @@ from anyquant.ir.safetensors_io import SafetensorsReader
 FORMAT = 2
 ABOUT = "about.json"
 TOKENS = "tokens.safetensors"
+GUIDED = ".guided"
+"""Suffix of a matrix' name: its moments by group of rows."""
 
 _FIELDS: dict[str, type] = {"complete": bool, "identity": dict, "versions": dict, "threads": int}
 _RESULTS: dict[str, type] = {"tokens": int, "notes": list, "fingerprint": str, "inputs": list, "gradients": dict}
@@ -72,28 +75,36 @@ class MatrixStatistics:
 
     tokens: int
     diagonal: Floats
-    _moment: tuple[Path, str] = field(repr=False)
+    _moment: tuple[Path, str] | Floats = field(repr=False)
     _gradient: tuple[Path, str] | None = field(default=None, repr=False)
 
     def full(self) -> Floats:
-        """Mean over the tokens of x x^T, float32 [in, in], symmetric; read at every call.
+        """Mean over the tokens of x x^T, float32 [in, in], symmetric; made anew, or read, at every call.
 
         Raises:
             CorruptFileError: the file was damaged.
             InputError: the file is gone.
         """
-        triangle = read_array(*self._moment)
-        n = len(self.diagonal)
-        if triangle.shape != (n * (n + 1) // 2,):
-            raise CorruptFileError(f"{self._moment[0]}: {self._moment[1]} has not the size of {n} columns")
-        result = np.empty((n, n), np.float32)
-        at = 0
-        for i in range(n):
-            row = triangle[at : at + n - i]
-            result[i, i:] = row
-            result[i:, i] = row
-            at += n - i
-        return result
+        triangle = read_array(*self._moment) if isinstance(self._moment, tuple) else self._moment
+        where = ": ".join(map(str, self._moment)) if isinstance(self._moment, tuple) else "a moment"
+        return _square(triangle, len(self.diagonal), where)
+
+    def guided(self) -> Floats | None:
+        """Mean over all tokens of g^2 x x^T, float32 [groups, in, in]; None where it was not recorded.
+
+        Each is of one of the groups of rows that ``np.array_split`` makes, with g^2 the mean over the group.
+
+        Raises:
+            CorruptFileError: the file was damaged.
+            InputError: the file is gone.
+        """
+        if self._gradient is None:
+            return None
+        path, name = self._gradient
+        if name + GUIDED not in SafetensorsReader(path).entries:
+            return None
+        triangles = read_array(path, name + GUIDED)
+        return np.stack([_square(each, len(self.diagonal), f"{path}: {name}{GUIDED}") for each in triangles])
 
     def fisher(self) -> Floats | None:
         """Mean over all tokens of g_i^2 x_j^2, float32 [out, in]; None where it was not recorded.
@@ -117,6 +128,20 @@ class MatrixStatistics:
 
     def _recorded(self) -> Floats | None:
         return None if self._gradient is None else read_array(*self._gradient)
+
+
+def _square(triangle: Floats, n: int, where: str) -> Floats:
+    """The symmetric [n, n] of an upper triangle, row by row."""
+    if triangle.shape != (n * (n + 1) // 2,):
+        raise CorruptFileError(f"{where} has not the size of {n} columns")
+    result = np.empty((n, n), np.float32)
+    at = 0
+    for i in range(n):
+        row = triangle[at : at + n - i]
+        result[i, i:] = row
+        result[i:, i] = row
+        at += n - i
+    return result
 
 
 def read_array(path: Path, key: str) -> np.ndarray:
@@ -151,7 +176,8 @@ class Statistics:
         self.threads: int = about["threads"]
         self.tokens: int = about["tokens"]
         self.notes: list[str] = about["notes"]
-        self._inputs = {name: entry for entry in about["inputs"] for name in entry["names"]}
+        self._index: list[dict[str, Any]] = about["inputs"]
+        self._inputs = {name: entry for entry in self._index for name in entry["names"]}
         self._gradients: dict[str, str] = about["gradients"]
 
     def has_gradient(self, name: str) -> bool:
@@ -169,13 +195,29 @@ class Statistics:
         if entry is None:
             return None
         path, key = self._folder / entry["file"], entry["key"]
-        gradient = self._gradients.get(name)
-        return MatrixStatistics(
-            entry["tokens"],
-            read_array(path, f"{key}.diagonal"),
-            (path, f"{key}.moment"),
-            None if gradient is None else (self._folder / gradient, name),
-        )
+        diagonal = read_array(path, f"{key}.diagonal")
+        return MatrixStatistics(entry["tokens"], diagonal, (path, f"{key}.moment"), self._gradient(name))
+
+    def with_moment(self, name: str, moment: Moment) -> MatrixStatistics:
+        """What is known of a matrix, but with another moment of its input, which stays in memory."""
+        return MatrixStatistics(moment.tokens, moment.diagonal, moment.triangle, self._gradient(name))
+
+    def groups(self) -> list[list[str]]:
+        """The matrices that read the same input, each group in the order in which the model called it first."""
+        return [list(entry["names"]) for entry in self._index]
+
+    def ids(self) -> NDArray[np.int64]:
+        """The tokens int64 [windows, window].
+
+        Raises:
+            CorruptFileError: the file was damaged.
+            InputError: the file is gone.
+        """
+        return read_array(self._folder / TOKENS, "ids").astype(np.int64)
+
+    def _gradient(self, name: str) -> tuple[Path, str] | None:
+        file = self._gradients.get(name)
+        return None if file is None else (self._folder / file, name)
 
 
 def open_statistics(folder: Path) -> Statistics:

@@ -35,7 +35,11 @@ def record(tmp_path: Path) -> Callable[..., Statistics]:
     """Function that runs a pass over some matrices of a checkpoint: record(checkpoint, names, ids, importance)."""
 
     def run(
-        checkpoint: Checkpoint, names: Sequence[str], ids: torch.Tensor, importance: str = "activation"
+        checkpoint: Checkpoint,
+        names: Sequence[str],
+        ids: torch.Tensor,
+        importance: str = "activation",
+        row_groups: int = 0,
     ) -> Statistics:
         folder = CalibrationFolder(tmp_path / f"calibration-{len(list(tmp_path.iterdir()))}")
         folder.begin({}, {}, torch.get_num_threads())
@@ -44,7 +48,7 @@ def record(tmp_path: Path) -> Callable[..., Statistics]:
         if importance == "activation":
             ForwardPass(*arguments).run()
         else:
-            FisherPass(*arguments, rows_alone=importance == "gradient").run()
+            FisherPass(*arguments, rows_alone=importance == "gradient", row_groups=row_groups).run()
         return folder.finish(names)
 
     return run

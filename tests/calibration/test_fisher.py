@@ -207,6 +207,49 @@ def test_rows_of_experts_count_by_how_often_they_are_asked(
     assert compared
 
 
+@pytest.mark.parametrize(("family", "tied", "groups"), [("llama", False, 4), ("gpt2", True, 3), ("phi3", False, 1)])
+def test_moments_of_groups_of_rows(
+    tiny_checkpoint: Tiny, token_ids: Ids, record: Record, plain_model: Plain, family: str, tied: bool, groups: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(batches, "TOKENS", 30)
+    monkeypatch.setattr(backward, "LEARNED_TOKENS", 13)  # which holds where there are no groups
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family, tied=tied)))
+    names = [*checkpoint.matrices(), *checkpoint.embeddings()]
+    ids = token_ids(5, 13)
+    statistics = record(checkpoint, names, ids, "gradient", groups)
+    for name, (g, x) in outputs_and_inputs(plain_model(checkpoint), checkpoint, ids).items():
+        found = statistics.matrix(name)
+        assert found is not None
+        guided, rows = found.guided(), found.gradient()
+        assert guided is not None
+        assert rows is not None
+        assert guided.dtype == np.float32
+        parts = np.array_split(np.arange(g.shape[1]), groups)
+        assert guided.shape == (len(parts), x.shape[1], x.shape[1])
+        for part, moment in zip(parts, guided, strict=True):
+            expected = np.zeros((x.shape[1], x.shape[1]))
+            for token in range(len(x)):
+                expected += float(g[token, part].square().mean()) * torch.outer(x[token], x[token]).numpy()
+            expected /= len(x)
+            np.testing.assert_allclose(moment, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+        np.testing.assert_allclose(rows, g.square().mean(dim=0).numpy(), rtol=1e-4, atol=1e-5 * float(rows.max()))
+
+
+def test_more_groups_than_rows(tiny_llama: Path, token_ids: Ids, record: Record) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    names = checkpoint.matrices()
+    statistics = record(checkpoint, names, token_ids(1, 9), "gradient", 1000)
+    for name in names:
+        found = statistics.matrix(name)
+        assert found is not None
+        guided, rows = found.guided(), found.gradient()
+        assert guided is not None
+        assert rows is not None
+        assert len(guided) == len(rows) == checkpoint.tensors[name].shape[0]
+        np.testing.assert_allclose(guided[0].diagonal().sum() > 0, rows[0] > 0)
+
+
 @pytest.mark.parametrize("importance", ["activation", "gradient", "fisher"])
 def test_only_what_was_asked_for(tiny_llama: Path, token_ids: Ids, record: Record, importance: str) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
@@ -214,6 +257,7 @@ def test_only_what_was_asked_for(tiny_llama: Path, token_ids: Ids, record: Recor
     assert found is not None
     assert (found.fisher() is not None) == (importance == "fisher")
     assert (found.gradient() is not None) == (importance == "gradient")
+    assert found.guided() is None
 
 
 def test_hidden_states_do_not_stay_on_the_disk(
