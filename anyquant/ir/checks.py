@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from anyquant.errors import CorruptFileError
-from anyquant.ir.ggml_blocks import HALF_OFFSETS
+from anyquant.ir.ggml_blocks import finite_blocks
 from anyquant.ir.packing import code_offsets, row_chunks, unpack
 from anyquant.ir.spec import GGML_TYPES, AffineSpec, BlockSpec, CodebookSpec, DenseSpec, GGMLSpec, Spec
 
@@ -180,12 +180,9 @@ def _affine(faults: _Faults, name: str, spec: AffineSpec, arrays: Arrays) -> Non
 
 
 def _ggml(faults: _Faults, name: str, spec: GGMLSpec, arrays: Arrays) -> None:
-    # Integers times finite halves stay far below FP32's maximum, so the halves decide.
-    size = GGML_TYPES[spec.type][1]
-    blocks = np.ascontiguousarray(arrays[".blocks"]).reshape(spec.shape[0], -1, size)
-    for at in HALF_OFFSETS[spec.type]:
-        halves = np.ascontiguousarray(blocks[:, :, at : at + 2]).view("<f2")[:, :, 0]
-        faults.note(name + ".blocks", ~np.isfinite(halves), f"a non-finite scale in the {spec.type} block")
+    blocks = np.ascontiguousarray(arrays[".blocks"]).reshape(-1, GGML_TYPES[spec.type][1])
+    bad = ~finite_blocks(blocks, spec.type).reshape(spec.shape[0], -1)
+    faults.note(name + ".blocks", bad, f"a non-finite scale in the {spec.type} block")
 
 
 def _dense(faults: _Faults, name: str, spec: DenseSpec, arrays: Arrays) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from anyquant.ir import ggml_grids
 from anyquant.ir.spec import GGML_TYPES
 
 Bytes = NDArray[np.uint8]
@@ -28,9 +29,22 @@ HALF_OFFSETS: dict[str, tuple[int, ...]] = {
     "Q5_K": (0, 2),
     "Q6_K": (208,),
     "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "MXFP4": (),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "IQ1_S": (0,),
+    "IQ1_M": (),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
 }
-"""Where the FP16 scales and minima of a block begin: all that can make its values non-finite."""
+"""Where the FP16 scales and minima of a block begin: all that can make its values non-finite (see finite_blocks)."""
 
+_MXFP4_MOST = 252  # greatest exponent byte at which all values fit into FP32: 12 * 2**124
+_MXFP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 _IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 
@@ -71,6 +85,13 @@ def _q8_0(b: Bytes) -> Floats:
 
 def _iq4_nl(b: Bytes) -> Floats:
     return _half(b, 0) * _IQ4_NL[_nibbles(b[:, 2:])]
+
+
+def _mxfp4(b: Bytes) -> Floats:
+    # The values are twice those of E2M1, so the scale is 2**(e - 128); ldexp rounds no power of two down to 2**-128.
+    scale = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
+    values: Floats = scale * _MXFP4[_nibbles(b[:, 1:])]
+    return values
 
 
 def _two_bits(qs: Bytes) -> Bytes:
@@ -145,6 +166,35 @@ def _q6_k(b: Bytes) -> Floats:
     return values
 
 
+def _iq4_xs(b: Bytes) -> Floats:
+    low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    high = np.ascontiguousarray(b[:, 2:4]).view("<u2") >> (2 * np.arange(8, dtype=np.uint16))
+    scale = (low | ((high & 3) << 4)).astype(np.int8) - 32
+    runs = b[:, 8:].reshape(-1, 8, 16)
+    codes = np.concatenate([runs & 15, runs >> 4], axis=2).reshape(-1, 256)
+    values: Floats = _per_group(_half(b, 0) * scale.astype(np.float32), 32) * _IQ4_NL[codes]
+    return values
+
+
+def _ternary(trits: Bytes) -> Floats:
+    return trits.astype(np.float32) - 1
+
+
+def _tq1_0(b: Bytes) -> Floats:
+    # A byte is a fraction in units of 1/256; its ternary digits come out one by one as the whole part of 3 times it.
+    parts = []
+    for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        powers = 3 ** np.arange(digits, dtype=np.uint8)[:, None]
+        rest = b[:, None, start:stop] * powers.astype(np.uint8)  # modulo 256: digits already read fall off
+        parts.append(((rest.astype(np.uint16) * 3) >> 8).astype(np.uint8).reshape(len(b), -1))
+    values: Floats = _half(b, 52) * _ternary(np.concatenate(parts, axis=1))
+    return values
+
+
+def _tq2_0(b: Bytes) -> Floats:
+    return _half(b, 64) * _ternary(_two_bits(b[:, :64]))
+
+
 _DEQUANTIZE: dict[str, Callable[[Bytes], Floats]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -157,7 +207,28 @@ _DEQUANTIZE: dict[str, Callable[[Bytes], Floats]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    **ggml_grids.DEQUANTIZE,
 }
+
+
+def finite_blocks(blocks: Bytes, type_name: str) -> NDArray[np.bool_]:
+    """Whether all values that the scales of a block allow are finite in FP32: bool [n], of uint8 [n, bytes per block].
+
+    Integers times finite FP16 stay far below FP32's maximum, so the halves decide; an exponent of MXFP4 alone can be
+    too large.
+    """
+    finite = np.ones(len(blocks), bool)
+    for at in HALF_OFFSETS[type_name]:
+        finite &= np.isfinite(np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")[:, 0])
+    if type_name == "MXFP4":
+        finite &= blocks[:, 0] <= _MXFP4_MOST
+    elif type_name == "IQ1_M":
+        finite &= np.isfinite(ggml_grids.spread_half(blocks)[:, 0])
+    return finite
 
 
 def dequantize_blocks(blocks: Bytes, type_name: str) -> Floats:

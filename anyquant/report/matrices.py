@@ -270,7 +270,7 @@ def _units(model: ir.Model, name: str) -> tuple[str, Bits]:
     elif isinstance(spec, ir.AffineSpec):
         width = spec.bits
     elif isinstance(spec, ir.GGMLSpec):
-        width = int(re.sub(r"\D.*", "", spec.type.lstrip("IQ")))  # Q4_K, IQ4_NL
+        width = int(re.sub(r"\D", "", spec.type)[0])  # Q4_K, IQ4_NL, MXFP4
     else:
         width = WIDTHS[-1]
     return "matrix", np.array([width], np.uint8)

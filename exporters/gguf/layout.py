@@ -137,7 +137,7 @@ def _remedy(spec: ir.Spec, options: ExportOptions) -> str:
         return _ROUND
     if isinstance(spec, ir.CodebookSpec) or (isinstance(spec, ir.BlockSpec) and spec.format != "bfp"):
         fitting = _HALF if _is_half(spec) else _FLOAT
-        return f"{fitting}, or quantize with --method block (BFP), which stock types hold exactly"
+        return f"{fitting}, or quantize with --method block and its format bfp, which stock types hold exactly"
     if isinstance(spec, ir.BlockSpec) and spec.block == 16:
         return f"{_FLOAT}, or quantize with --block 32, the length that shares a scale in stock types"
     return _FLOAT

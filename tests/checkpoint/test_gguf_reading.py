@@ -163,12 +163,15 @@ def test_a_type_beyond_the_ir_becomes_f32_with_a_warning(
 ) -> None:
     import gguf
 
-    blocks = gguf.quants.quantize(tiny_tensors["blk.0.ffn_up.weight"], gguf.GGMLQuantizationType.MXFP4)
+    # gguf-py reads NVFP4, but does not write it: any bytes whose scales are finite.
+    length, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.NVFP4]
+    rows, columns = tiny_tensors["blk.0.ffn_down.weight"].shape
+    blocks = np.random.default_rng(0).integers(0, 64, (rows, columns // length * size), np.uint8)
     norm = gguf.quants.quantize(tiny_tensors["blk.0.ffn_norm.weight"], gguf.GGMLQuantizationType.Q8_0)
-    tensors = {**tiny_tensors, "blk.0.ffn_up.weight": (blocks, "MXFP4"), "blk.0.ffn_norm.weight": (norm, "Q8_0")}
+    tensors = {**tiny_tensors, "blk.0.ffn_down.weight": (blocks, "NVFP4"), "blk.0.ffn_norm.weight": (norm, "Q8_0")}
     checkpoint = open_checkpoint(str(write_gguf(tensors, **llama_keys)))
     for name, kind in (
-        ("model.layers.0.mlp.up_proj.weight", "MXFP4"),
+        ("model.layers.0.mlp.down_proj.weight", "NVFP4"),
         ("model.layers.0.post_attention_layernorm.weight", "Q8_0"),
     ):
         with caplog.at_level(logging.WARNING):
