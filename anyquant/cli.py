@@ -148,6 +148,9 @@ def sweep(
     "-o", "--out", "output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="New folder."
 )
 @target_options
+@click.option(
+    "--sequential", is_flag=True, help="Quantize in order, each matrix for what the quantized ones before it make."
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @verb
 def quantize(
@@ -269,6 +272,7 @@ def export(out: Output, exporter: str, folder: Path, output: Path, **options: An
 @click.option("--source", metavar="MODEL", help="The unquantized model: measures what was lost.")
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="Exported GGUF, run by llama.cpp.")
 @click.option("--onnx", type=click.Path(path_type=Path), metavar="DIR2", help="Exported ONNX, run by ONNX Runtime.")
+@click.option("--activations", metavar="FORMAT", help="Also the IR with activations in bfp2 to bfp8, blocks of 16.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write report.json and report.html.")
 @click.option("--max-kl", type=float, metavar="X", help="Gate: mean KL to the source, in nats.")
 @click.option("--min-top1", type=float, metavar="Y", help="Gate: top-1 agreement with the source, 0 to 1.")
@@ -315,14 +319,22 @@ def exporters(out: Output) -> None:
 
 
 @cli.command()
+@click.argument("name", required=False)
 @verb
-def methods(out: Output) -> None:
-    """List the installed quantization methods.
+def methods(out: Output, name: str | None) -> None:
+    """List the installed methods, or the options of one.
 
     \b
     Example: anyquant methods
+             anyquant methods claq
     """
-    _list_plugins(out, "anyquant.methods")
+    if name is None:
+        _list_plugins(out, "anyquant.methods")
+        return
+    from anyquant.summary import method_data, method_text
+
+    data = method_data(name)
+    out.result(data, lambda: method_text(data))
 
 
 def _list_plugins(out: Output, group: str) -> None:

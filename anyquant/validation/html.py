@@ -72,7 +72,11 @@ def _cards(report: ValidationReport) -> str:
         ir = rows["IR"].perplexity
         cards.append(("perplexity", number(ir.value, 4), _plus_minus(ir, 1, "")))
     for row in report.rows:
-        if row.name not in ("source", "IR"):
+        if row.arithmetic == "quantized":
+            quality = report.comparison("source", row.name) or report.comparison("IR", row.name)
+            change = f"against {quality.reference}: change {with_error(quality.perplexity_change)}" if quality else ""
+            cards.append((f"perplexity, {row.name}", number(row.perplexity.value, 4), change))
+        elif row.name not in ("source", "IR"):
             cards.append((f"{row.name} file", size(row.nbytes), f"{row.bits_per_weight:.2f} bits per weight"))
     return card_row(cards)
 
@@ -123,7 +127,7 @@ def _runtimes(report: ValidationReport) -> str:
             rows.append(
                 [
                     escape(row.name),
-                    escape(f"{'FP32' if row.arithmetic == 'fp32' else 'rounded'}: {row.arithmetic_reason}"),
+                    escape(f"{'FP32' if row.arithmetic == 'fp32' else row.arithmetic}: {row.arithmetic_reason}"),
                     number(found.max_abs_logit),
                     f"{found.logit_scale:.1f}",
                     with_error(found.kl_mean),

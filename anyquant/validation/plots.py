@@ -24,7 +24,8 @@ def plots(report: ValidationReport) -> dict[str, str]:
         found["Distance to the source, token by token"] = _distribution(to_source, "KL(source || model) in nats")
     if to_torch:
         kinds = {row.name: row.arithmetic for row in report.rows}
-        limits = {MAX_KL_FP32 if kinds.get(c.candidate) == "fp32" else MAX_KL_ROUNDED for c in to_torch}
+        gated = [kinds.get(c.candidate) for c in to_torch if kinds.get(c.candidate) != "quantized"]
+        limits = {MAX_KL_FP32 if kind == "fp32" else MAX_KL_ROUNDED for kind in gated}
         found["Distance to PyTorch on the same weights"] = _distribution(
             to_torch, "KL(PyTorch || runtime) in nats", limits
         )

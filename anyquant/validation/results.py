@@ -122,11 +122,12 @@ class ModelRow:
     """One model in one runtime.
 
     Attributes:
-        name: "source", "IR", "GGUF" or "ONNX".
+        name: "source", "IR", "GGUF", "ONNX", or "IR, A bfp6": the IR with quantized activations.
         runtime: program that computed its logits, with version.
         nbytes: bytes on disk (of the tensors, for a model from a hub or an IR folder).
         bits_per_weight: 8 * nbytes / number of all weights, quantized or not.
-        arithmetic: "fp32", or "rounded": activations are rounded on the way, ``arithmetic_reason`` says where.
+        arithmetic: "fp32"; "rounded": the runtime rounds activations on the way; or "quantized": they are quantized
+            on purpose. ``arithmetic_reason`` says where.
         perplexity: over the windows.
         text: greedy continuation of the prompt.
         token_ids: of the text.

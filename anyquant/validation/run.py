@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from anyquant.reporting.environment import environment
 from anyquant.reporting.notes import another_source
 from anyquant.reporting.writing import prepare
 from anyquant.validation import texts
+from anyquant.validation.activation_formats import activation_format
 from anyquant.validation.arithmetic import Arithmetic, gguf_arithmetic, onnx_arithmetic
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.gates import all_gates
@@ -67,6 +69,9 @@ class _Validation:
             if not settings.onnx.exists():
                 raise InputError(f"there is no {settings.onnx}")
             self.arithmetic["ONNX"] = onnx_arithmetic(settings.onnx)
+        self.activations = activation_format(settings.activations) if settings.activations else None
+        if self.activations is not None:
+            self.arithmetic[self.activations.row] = Arithmetic("quantized", self.activations.reason)
         self.notes: list[str] = []
         self.tokenizer = texts.load_tokenizer(settings.model, settings.trust_remote_code)
         self._cut_text()
@@ -96,11 +101,15 @@ class _Validation:
         threads = settings.threads or 0
         files = [("source", "checkpoint", settings.source), ("IR", "ir", settings.model)]
         files += [("GGUF", "gguf", settings.gguf), ("ONNX", "onnx", settings.onnx)]
-        return [
+        specs = [
             RunnerSpec(name, kind, str(path), self.context, threads, settings.revision, settings.trust_remote_code)
             for name, kind, path in files
             if path is not None
         ]
+        if self.activations is not None:
+            after = next(number for number, spec in enumerate(specs, 1) if spec.name == "IR")
+            specs.insert(after, replace(specs[after - 1], name=self.activations.row, activations=self.activations.name))
+        return specs
 
     def _look_at_source(self) -> int:
         """Bytes of the source's tensors; a note if it is not what the IR was made of."""
@@ -155,7 +164,9 @@ class _Validation:
             rows = tuple(self._row(station, boot) for station in stations)
         by_name = {station.name: station for station in stations}
         comparisons = tuple(summarize(by_name[a], by_name[b], found, boot) for (a, b), found in pairs.items())
-        gates = all_gates(settings, tensors, comparisons, self.arithmetic, {s.name: s.nonfinite for s in stations})
+        # Quantized activations are measured, not gated: no file is to compute like them, and no limit is set for them.
+        gated = [c for c in comparisons if self.activations is None or c.candidate != self.activations.row]
+        gates = all_gates(settings, tensors, gated, self.arithmetic, {s.name: s.nonfinite for s in stations})
         return ValidationReport(
             model=self._about(),
             data={

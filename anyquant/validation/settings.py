@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyquant.errors import UsageError
+from anyquant.validation.activation_formats import activation_format
 
 DEFAULT_PROMPT = "What is the capital of France?"
 
@@ -21,6 +22,7 @@ class ValidationSettings:
         source: the unquantized model (folder, hub id or .gguf file); without it nothing is said of quality loss.
         gguf: an exported GGUF file, run by llama.cpp.
         onnx: an exported ONNX folder, run by ONNX Runtime.
+        activations: "bfp2" to "bfp8": measure the IR with activations of this format too; None does not.
         report: folder for report.json and report.html; None writes nothing.
         window: tokens per window, cut to the model's context.
         windows: at most this many windows, drawn with ``seed`` where the text has more.
@@ -44,6 +46,7 @@ class ValidationSettings:
     source: str | None = None
     gguf: Path | None = None
     onnx: Path | None = None
+    activations: str | None = None
     report: Path | None = None
     window: int = 512
     windows: int = 16
@@ -63,7 +66,7 @@ class ValidationSettings:
         """Refuse settings that contradict themselves, before anything is loaded.
 
         Raises:
-            UsageError: a number is out of range, or a gate has nothing to compare with.
+            UsageError: a number is out of range, a format unknown, or a gate has nothing to compare with.
         """
         for name, least in (("window", 2), ("windows", 1), ("resamples", 2), ("generate", 0), ("seed", 0)):
             value = getattr(self, name)
@@ -73,6 +76,8 @@ class ValidationSettings:
             raise UsageError(f"threads is {self.threads}; it must be at least 1")
         if not (math.isfinite(self.tie_tolerance) and self.tie_tolerance >= 0):
             raise UsageError(f"tie_tolerance is {self.tie_tolerance}; it must be a number of at least 0")
+        if self.activations is not None:
+            activation_format(self.activations)
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0):
             raise UsageError(f"--max-kl is {self.max_kl}; it must be a number of at least 0, in nats")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:

@@ -43,7 +43,7 @@ def format_table(report: ValidationReport, *, color: bool = False, width: int = 
         tensors = tensors_of(report, row.name)
         word = verdict(report, row)
         table.add_row(
-            row.name,
+            row.name.replace(", ", ",\n"),  # 80 columns have room for "source"
             size(row.nbytes),
             f"{row.bits_per_weight:.2f}",
             with_error(row.perplexity),
@@ -56,8 +56,9 @@ def format_table(report: ValidationReport, *, color: bool = False, width: int = 
     for row in report.rows:
         found = report.comparison("IR", row.name)
         if found:
+            what = "the IR in float32" if row.arithmetic == "quantized" else "PyTorch on the same weights"
             console.print(
-                f"{row.name} against PyTorch on the same weights: max |d logit| {number(found.max_abs_logit)}, "
+                f"{row.name} against {what}: max |d logit| {number(found.max_abs_logit)}, "
                 f"KL {number(found.kl_mean.value)}, {differing(found)} of {found.top1.n:,} first choices differ "
                 f"({found.near_ties} near ties)"
             )

@@ -56,6 +56,7 @@ class RunnerSpec:
         threads: to compute with; 0 takes the cores there are.
         revision: of a hub checkpoint.
         trust_remote_code: for a checkpoint with code of its own.
+        activations: of an IR, quantized to this format ("bfp6"); None leaves them in float32.
     """
 
     name: str
@@ -65,6 +66,7 @@ class RunnerSpec:
     threads: int = 0
     revision: str | None = None
     trust_remote_code: bool = False
+    activations: str | None = None
 
     @property
     def thread_count(self) -> int:

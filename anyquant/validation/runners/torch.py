@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,28 +19,37 @@ if TYPE_CHECKING:
 class TorchRunner:
     """A transformers causal language model, on the CPU and in float32."""
 
-    def __init__(self, name: str, model: Any, threads: int | None = None) -> None:
+    def __init__(self, name: str, model: Any, threads: int | None = None, activations: str | None = None) -> None:
         """Wrap a model that is loaded already.
 
         Args:
             name: of the row in the report.
             model: a transformers ``PreTrainedModel``.
             threads: torch.set_num_threads, for the whole process; None leaves it.
+            activations: format to quantize them to, such as "bfp6"; None leaves them in float32.
         """
         import torch
 
         if threads:
             torch.set_num_threads(threads)
         self.name, self.runtime = name, f"PyTorch {torch.__version__}"
-        self._model = model.eval()
+        self._model, self._activations = model.eval(), activations
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        """In which the model is to be run."""
+        if self._activations is None:
+            return nullcontext()
+        from anyquant.validation.activations import quantized_activations
+
+        return quantized_activations(self._model, self._activations)
 
     def logits(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See Runner."""
         import torch
 
         check_ids(token_ids, self._vocabulary, self.name)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._arithmetic():
             output = self._model(torch.from_numpy(np.array(token_ids[None], dtype=np.int64)), use_cache=False)
         result: NDArray[np.float32] = output.logits[0].float().numpy()
         return result
@@ -50,7 +60,7 @@ class TorchRunner:
 
         check_ids(np.asarray(prompt_ids, dtype=np.int64), self._vocabulary, self.name)
         step, cache, answer = torch.tensor([prompt_ids], dtype=torch.int64), None, []
-        with torch.inference_mode():
+        with torch.inference_mode(), self._arithmetic():
             for _ in range(n):
                 output = self._model(step, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
@@ -64,13 +74,12 @@ class TorchRunner:
 
 
 def open_ir_runner(spec: RunnerSpec) -> TorchRunner:
-    """An IR folder, its weights dequantized to float32."""
+    """An IR folder, its weights dequantized to float32; its activations quantized where the spec says so."""
     from anyquant.runtime import load
 
     quiet()
-    return TorchRunner(
-        spec.name, load(Path(spec.path), trust_remote_code=spec.trust_remote_code), threads=spec.thread_count
-    )
+    model = load(Path(spec.path), trust_remote_code=spec.trust_remote_code)
+    return TorchRunner(spec.name, model, threads=spec.thread_count, activations=spec.activations)
 
 
 def open_checkpoint_runner(spec: RunnerSpec) -> TorchRunner:
