@@ -12,6 +12,7 @@ from anyquant.errors import UsageError
 from anyquant.methods import get_method
 
 ALLOCATIONS = ("model", "matrix", "uniform")
+SEARCHES = ("greedy", "tpe")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Job:
             ("uniform": all have the same level). Unless given it is the model, but each matrix where errors are
             weighted by activations alone, which do not compare across matrices.
         calibration: the texts that statistics are taken on; read by methods that need statistics alone.
+        refine: whether codebooks and codes are refined for the outputs of their matrix once they are there.
+        sequential: whether matrices are quantized in the order of the model, each for the inputs that it has with all
+            those before it quantized.
+        search: how the bits of matrices are found: "greedy", by measured errors, or "tpe", by trials after that.
+        trials: of the search.
         workers: threads.
     """
 
@@ -68,28 +74,46 @@ class Job:
     quantize_embeddings: bool = False
     allocation: str | None = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    refine: bool = False
+    sequential: bool = False
+    search: str = "greedy"
+    trials: int = 64
     workers: int = 1
 
     def __post_init__(self) -> None:
         """Check the allocation and the settings of the calibration.
 
         Raises:
-            UsageError: out of range.
+            UsageError: out of range, or what the method cannot have.
         """
+        if self.sequential and not self.needs_statistics:
+            raise UsageError(f"--sequential has no meaning for the method {self.method} here: it needs no text.")
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UsageError(f"--allocation is {self.allocation!r}, must be one of {', '.join(ALLOCATIONS)}.")
+        if self.search not in SEARCHES or self.trials < 1:
+            raise UsageError(f"--search is {self.search!r} with {self.trials} trials, must be greedy or tpe with some.")
         self.calibration.check()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the method.
+
+        Raises:
+            UsageError: a bad option.
+        """
+        return get_method(self.method).settings(self.options, self.target.bits)
 
     @property
     def scope(self) -> str:
         """The allocation that was asked for, or the one that suits the importance."""
         activations = self.needs_statistics and self.calibration.importance == "activation"
-        return self.allocation or ("matrix" if activations else "model")
+        default = get_method(self.method).defaults(self.settings).allocation
+        return self.allocation or default or ("matrix" if activations else "model")
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the method wants a calibration."""
-        return get_method(self.method).needs_statistics
+        return get_method(self.method).needs_statistics(self.settings)
 
     @property
     def has_gradients(self) -> bool:
@@ -102,7 +126,7 @@ class Job:
             "anyquant": __version__,
             "model": checkpoint.fingerprint(),
             "method": self.method,
-            "settings": get_method(self.method).settings(self.options),
+            "settings": self.settings,
             "quantize_embeddings": self.quantize_embeddings,
             "calibration": self.calibration.identity() if self.needs_statistics else None,
         }
@@ -110,4 +134,7 @@ class Job:
     def recorded_target(self) -> dict[str, Any]:
         """The target as JSON, without what was not asked for."""
         target = {key: value for key, value in vars(self.target).items() if value is not None}
-        return {**target, "allocation": self.scope}
+        asked: dict[str, Any] = {key: True for key in ("refine", "sequential") if getattr(self, key)}
+        if self.search != "greedy":
+            asked |= {"search": self.search, "trials": self.trials}
+        return {**target, "allocation": self.scope, **asked}

@@ -14,6 +14,7 @@ import numpy as np
 from anyquant import ir
 from anyquant.calibration import CalibrationSettings, Statistics, calibrate
 from anyquant.checkpoint import Checkpoint
+from anyquant.errors import InputError
 from anyquant.estimates import in_words, seconds
 from anyquant.forms import Forms
 from anyquant.workers import in_order
@@ -21,6 +22,19 @@ from anyquant.workers import in_order
 if TYPE_CHECKING:
     from anyquant.job import Job
     from anyquant.workfolder import WorkFolder
+
+
+@contextmanager
+def naming(tensor: str) -> Iterator[None]:
+    """What a method says of a matrix, whose name it does not know, becomes a message about this one.
+
+    Raises:
+        InputError: with the name before the words.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{tensor}: {error}") from error
 
 
 @contextmanager
@@ -78,7 +92,8 @@ def measure(
             if found is not None:
                 return found
             weight = checkpoint.read(name)
-            return forms.method.errors(weight, statistics.matrix(name) if statistics else None, forms.settings)
+            with naming(name):
+                return forms.method.errors(weight, statistics.matrix(name) if statistics else None, forms.settings)
 
         tables = []
         results = in_order(unit, [(name,) for name in forms.names], job.workers)

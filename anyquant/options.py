@@ -67,23 +67,53 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
                 help="Who shares a budget: the model, each matrix; or one width for all.  [model; matrix with "
                 "--importance activation]",
             ),
+            click.option(
+                "--search",
+                type=click.Choice(["greedy", "tpe"]),
+                default="greedy",
+                show_default=True,
+                help="How matrices share bits: by errors, or by trials after that (needs optuna).",
+            ),
+            click.option("--trials", type=click.IntRange(1), default=64, show_default=True, help="Of --search tpe."),
             click.option("--block", type=click.Choice(["16", "32"]), help="block: block length.  [32]"),
             click.option("--outliers", type=float, metavar="PERCENT", help="skim: weights kept in FP16.  [0]"),
+            click.option(
+                "--set",
+                "set_options",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="An option of the method; 'anyquant methods NAME' lists them.",
+            ),
+            click.option(
+                "--profile",
+                type=click.Choice(["best", "paper"]),
+                help="What measures best, or what the method's paper says.  [best]",
+            ),
+            click.option(
+                "--refine", is_flag=True, help="Better codebooks and codes for what passes through; same size."
+            ),
+            click.option(
+                "--row-groups",
+                type=click.IntRange(0),
+                default=0,
+                show_default=True,
+                metavar="N",
+                help="--refine: groups of rows with inputs weighted by gradients (GuidedQuant: 4).",
+            ),
             click.option(
                 "--calib",
                 default="self",
                 show_default=True,
                 metavar="TEXT",
-                help="skim: text to weight errors by: a file, a dataset id, or self.",
+                help="Text to weight errors by: a file, a dataset id, or self.",
             ),
             click.option("--calib-windows", type=int, default=32, show_default=True, help="Windows of that text."),
             click.option("--calib-window", type=int, default=256, show_default=True, help="Tokens per window."),
             click.option(
                 "--importance",
                 type=click.Choice(["gradient", "activation", "fisher"]),
-                default="gradient",
-                show_default=True,
-                help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.",
+                help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.  "
+                "[gradient; cmpq: activation]",
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn by chance."),
             click.option(
@@ -135,18 +165,29 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
     from anyquant.calibration import CalibrationSettings
     from anyquant.job import Job, Target
     from anyquant.methods import get_method
+    from anyquant.methods.options import parse
 
     options: dict[str, Any] = {}
     if rest["block"]:
         options["block"] = int(rest["block"])
     if rest["outliers"] is not None:
         options["outliers"] = rest["outliers"]
-    if not get_method(method).needs_statistics:
-        refuse_unread(_CALIBRATION, f"has no meaning for the method {method}, which needs no text.")
+    chosen = get_method(method)
+    options = {**parse(method, chosen.options, rest["set_options"]), **options}
+    if rest["profile"]:
+        options["profile"] = rest["profile"]
+    settings = chosen.settings(options, bits)
+    if not chosen.needs_statistics(settings):
+        refuse_unread(_CALIBRATION, f"has no meaning for the method {method} with these settings: it needs no text.")
+    if rest["search"] == "greedy":
+        refuse_unread(["trials"], "has no meaning without --search tpe.")
+    importance = rest["importance"] or chosen.defaults(settings).importance
     workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
     target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
+    if not rest["refine"]:
+        refuse_unread(["row_groups"], "has no meaning without --refine.")
     calibration = CalibrationSettings(
-        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], rest["importance"]
+        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], importance, rest["row_groups"]
     )
     return Job(
         method,
@@ -155,6 +196,10 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
         quantize_embeddings=rest["quantize_embeddings"],
         allocation=rest["allocation"],
         calibration=calibration,
+        refine=rest["refine"],
+        sequential=rest.get("sequential", False),
+        search=rest["search"],
+        trials=rest["trials"],
         workers=workers,
     )
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant import ir
 from anyquant.calibration import MatrixStatistics, Statistics
-from anyquant.measuring import statistics_of, with_calibration
+from anyquant.measuring import naming, statistics_of, with_calibration
 from anyquant.methods import get_method
 from anyquant.planning import Plan
+from anyquant.refinement import refine
 from anyquant.workers import in_order
-from anyquant.workfolder import WorkFolder
+from anyquant.workfolder import WorkFolder, temporary_work_folder
+
+# Of the refinement, a share of the mean square input: what is gained on the text of the calibration is then less, but
+# more of it holds on others. Measured at 3 bits on two matrices of SmolLM2, loss after / before on another text: .65
+# without, .62 with .1, more with .4.
+_DAMPING = 0.1
 
 
 def run(
@@ -46,15 +54,20 @@ def run(
     if not resume:
         ir.refuse_existing(output)
     names = list(planned.levels)
-    if work:
-        work.begin_tensors(job.recorded_target(), resume=resume)
-        if resume:
-            remove_leftovers(output)
-    with statistics_of(checkpoint, job, names, work, progress) as statistics:
+    with ExitStack() as stack:
+        if work is None and job.sequential:  # which needs a place for what is quantized before it is written
+            work = stack.enter_context(temporary_work_folder(job.identity(checkpoint)))
+        if work:
+            work.begin_tensors(job.recorded_target(), resume=resume)
+            if resume:
+                remove_leftovers(output)
+        statistics = stack.enter_context(statistics_of(checkpoint, job, names, work, progress))
         model = with_calibration(planned.model, job.calibration, statistics)
         done = _finished(model, output) if resume else None
         if done is not None:
             return done
+        if job.sequential and work and statistics:
+            _in_sequence(planned, work, statistics, progress)
 
         def unit(name: str) -> tuple[ir.Tensor, ir.Loss | None]:
             entry = model.entries[name]
@@ -64,8 +77,9 @@ def run(
             done = work.tensor(index, name, entry.spec) if work else None
             if done is not None:
                 return done
-            weight, tensor = _quantize(planned, name, statistics)
-            loss = measure_loss(weight, tensor, statistics.matrix(name) if statistics else None)
+            known = statistics.matrix(name) if statistics else None
+            weight, tensor = _quantize(planned, name, known)
+            loss = measure_loss(weight, tensor, known)
             if work:
                 work.save_tensor(index, name, tensor, loss)
             return tensor, loss
@@ -74,6 +88,30 @@ def run(
         return ir.write_ir(
             output, model, lambda name: next(results), write_side_files=checkpoint.write_side_files, progress=progress
         )
+
+
+def _in_sequence(planned: Plan, work: WorkFolder, statistics: Statistics, progress: ir.Progress | None) -> None:
+    """Quantize all matrices in the order of the model, each for what it sees by then, into the work folder."""
+    from anyquant.calibration.sequential import quantize_in_sequence
+
+    numbers = {name: index for index, name in enumerate(planned.levels)}
+
+    def unit(name: str, known: MatrixStatistics | None) -> tuple[str, NDArray[np.float32]]:
+        weight, tensor = _quantize(planned, name, known)
+        work.save_tensor(numbers[name], name, tensor, measure_loss(weight, tensor, known))
+        return name, ir.dequantize(tensor)
+
+    def quantize(names: list[str], known: dict[str, MatrixStatistics | None]) -> Iterator[tuple[str, NDArray[Any]]]:
+        return in_order(unit, [(name, known[name]) for name in names], planned.job.workers)
+
+    def stored(names: list[str]) -> list[tuple[str, NDArray[np.float32]]] | None:
+        found = [work.tensor(numbers[name], name, planned.model.entries[name].spec) for name in names]
+        tensors = [done[0] for done in found if done is not None]
+        if len(tensors) < len(names):
+            return None
+        return [(name, ir.dequantize(tensor)) for name, tensor in zip(names, tensors, strict=True)]
+
+    quantize_in_sequence(planned.checkpoint, list(numbers), statistics, quantize, stored=stored, progress=progress)
 
 
 def _finished(model: ir.Model, output: Path) -> ir.Model | None:
@@ -101,17 +139,27 @@ def dequantized(planned: Plan, statistics: Statistics | None) -> Iterator[tuple[
     def unit(name: str) -> NDArray[np.float32]:
         if name not in planned.levels:
             return planned.checkpoint.read(name)
-        return ir.dequantize(_quantize(planned, name, statistics)[1])
+        return ir.dequantize(_quantize(planned, name, statistics.matrix(name) if statistics else None)[1])
 
     yield from zip(names, in_order(unit, [(name,) for name in names], planned.job.workers), strict=True)
 
 
-def _quantize(planned: Plan, name: str, statistics: Statistics | None) -> tuple[NDArray[np.float32], ir.Tensor]:
+def _quantize(planned: Plan, name: str, known: MatrixStatistics | None) -> tuple[NDArray[np.float32], ir.Tensor]:
     """Weight and tensor of a matrix."""
-    method = get_method(planned.job.method)
+    job = planned.job
     weight = planned.checkpoint.read(name)
-    known = statistics.matrix(name) if statistics else None
-    return weight, method.quantize(weight, planned.levels[name], known, method.settings(planned.job.options))
+    with naming(name):
+        tensor = get_method(job.method).quantize(weight, planned.levels[name], known, job.settings)
+        if job.refine and known is not None:
+            tensor = _refined(weight, tensor, known)
+    return weight, tensor
+
+
+def _refined(weight: NDArray[np.float32], tensor: ir.Tensor, known: MatrixStatistics) -> ir.Tensor:
+    """The tensor refined for the outputs, by the moments of its groups of rows where there are any."""
+    guided = known.guided()
+    moment = known.full() if guided is None else guided
+    return refine(weight, tensor, moment, row_weights=known.gradient(), damping=_DAMPING)
 
 
 def remove_leftovers(output: Path) -> None:

@@ -23,11 +23,13 @@ from anyquant.forms import Forms, chosen_matrices
 from anyquant.job import Job
 from anyquant.measuring import calibration_record, measure
 from anyquant.methods import get_method
+from anyquant.searching import require_searchable, search
 
 if TYPE_CHECKING:
     from anyquant.exporters.protocol import ExportPlan
     from anyquant.workfolder import WorkFolder
 
+_ROUNDING = 1e-9
 _TOLERANCE = 0.01  # bits per weight that a uniform width may lie from what was asked for
 _MISSES, _SLOW_MISSES = 4096, 64  # upgrades tried in vain when matrices as a whole fill a budget; exporters are slow
 
@@ -47,6 +49,7 @@ class Plan:
             nats per token, half the weighted squared error; without, the mean relative squared error. None where
             nothing was measured.
         peak_memory: bytes of memory that quantizing needs, estimated from shapes.
+        notes: what a user should know of matrices that the method cannot treat like all others.
     """
 
     model: ir.Model
@@ -57,6 +60,7 @@ class Plan:
     measured: bool
     loss: float | None
     peak_memory: int
+    notes: tuple[str, ...]
 
     @property
     def files(self) -> dict[str, int]:
@@ -73,7 +77,7 @@ def forms_of(checkpoint: Checkpoint, job: Job) -> Forms:
     """
     method = get_method(job.method)
     names = chosen_matrices(checkpoint, job.quantize_embeddings)
-    return Forms.of(checkpoint, method, method.settings(job.options), names)
+    return Forms.of(checkpoint, method, job.settings, names)
 
 
 def feasible_bits(checkpoint: Checkpoint, job: Job) -> tuple[float, float]:
@@ -115,6 +119,10 @@ def plan(
             f"--allocation matrix spreads bits over the rows of a matrix, but the method {job.method} gives a matrix "
             "one number of bits. Leave it out: bits are spread over the matrices then."
         )
+    if job.refine and not any(isinstance(spec, ir.CodebookSpec) for spec in forms.pick(forms.uniform()[0]).values()):
+        raise UsageError(f"--refine is for codebooks, which the method {job.method} does not make. Leave it out.")
+    if job.search == "tpe":
+        require_searchable(job, forms)
     if job.target.size_of != "ir":
         forms = _exportable(checkpoint, job, forms)
     limit, cost = _budget(checkpoint, job, forms)
@@ -127,10 +135,14 @@ def plan(
     if chosen is None:
         tables = measure(checkpoint, job, forms, work, progress, note)
         chosen = _mix(job, forms, tables, cost, limit)
+        if job.search == "tpe":
+            chosen = search(checkpoint, job, forms, chosen, cost, limit + _ROUNDING, work, progress, note)
         loss = predicted_loss(job, forms, tables, chosen)
     model = describe(checkpoint, job, forms.settings, forms.pick(chosen))
     levels = dict(zip(forms.names, chosen, strict=True))
-    return Plan(model, checkpoint, job, levels, feasible, measured, loss, peak_memory(checkpoint, job, forms, model))
+    notes = forms.method.notes(dict(zip(forms.names, forms.shapes, strict=True)), forms.settings)
+    memory = peak_memory(checkpoint, job, forms, model)
+    return Plan(model, checkpoint, job, levels, feasible, measured, loss, memory, tuple(notes))
 
 
 def describe(checkpoint: Checkpoint, job: Job, settings: dict[str, Any], forms: dict[str, ir.Spec]) -> ir.Model:
@@ -277,7 +289,7 @@ def _mix(
         return [np.array(a, np.uint8)[p] for a, p in zip(forms.allowed, positions, strict=True)]
 
     def fits(positions: Assignment) -> bool:
-        return cost(levels_of(positions)) <= limit + 1e-9
+        return cost(levels_of(positions)) <= limit + _ROUNDING
 
     if job.scope == "model":
         misses = (_MISSES if job.target.size_of == "ir" else _SLOW_MISSES) if forms.whole else 0

@@ -11,6 +11,7 @@ from anyquant.estimates import STAGES, in_words, seconds
 from anyquant.exporters.protocol import ExportPlan
 from anyquant.inspection import check_export, form_name
 from anyquant.losses import mean_error
+from anyquant.methods import get_method
 from anyquant.planning import Plan, forms_of
 from anyquant.plugins import EXPORTERS, plugins
 
@@ -31,6 +32,7 @@ def plan_data(planned: Plan, *, exports: bool = True) -> dict[str, Any]:
         "bytes": sum(planned.files.values()),
         "source_bytes": sum(info.nbytes for info in planned.checkpoint.tensors.values()),
         "peak_memory": planned.peak_memory,
+        "remarks": list(planned.notes),
         "tensors": {
             name: {"form": form_name(e.spec), "bytes": e.spec.nbytes, "bits_per_weight": e.spec.bits_per_weight}
             for name, e in model.entries.items()
@@ -99,6 +101,7 @@ def plan_text(data: dict[str, Any]) -> str:
         [
             _bits_line(data),
             *_shortfall(data),
+            *data["remarks"],
             f"feasible: {low:,.4f} to {high:,.4f} {unit}"
             if unit == "bits"
             else f"feasible: {low:,} to {high:,} {unit}",
@@ -130,6 +133,7 @@ def quantized_text(data: dict[str, Any]) -> str:
         [
             _bits_line(data),
             *_shortfall(data),
+            *data["remarks"],
             f"relative squared error of the matrices: {data['error']:.3e}"
             + (f", of their outputs: {data['output_error']:.3e}" if data["output_error"] is not None else ""),
             f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])}), tokenizer not counted",
@@ -156,12 +160,56 @@ def export_text(data: dict[str, Any]) -> str:
     return "\n".join([*lines, *data["notes"]])
 
 
+def method_data(name: str) -> dict[str, Any]:
+    """A method and its options.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    method = get_method(name)
+    options = [
+        {
+            "name": option.name,
+            "default": option.default,
+            "paper": option.value("paper"),
+            "allowed": option.allowed(),
+            "help": option.help,
+        }
+        for option in method.options
+    ]
+    return {"name": method.name, "summary": method.summary, "options": options}
+
+
+def method_text(data: dict[str, Any]) -> str:
+    """:func:`method_data` for people."""
+    lines = [f"{data['name']}: {data['summary']}", ""]
+    for option in data["options"]:
+        paper = "" if option["paper"] == option["default"] else f"; paper: {setting_text(option['paper'])}"
+        lines.append(f"  {option['name']}={setting_text(option['default'])}  ({option['allowed']}{paper})")
+        lines.append(f"      {option['help']}")
+    return "\n".join([*lines, "", "Set them with --set KEY=VALUE; --profile paper takes the values of the paper."])
+
+
+def setting_text(value: Any) -> str:
+    """The value of an option as --set takes it."""
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value}"
+
+
 def inspection_text(data: dict[str, Any]) -> str:
     """What is in a model, a line each; of an IR folder which rows are hard, too."""
     from anyquant.report.hard import hard_text
 
-    lines = [f"{key.replace('_', ' '):<18} {_words(value)}" for key, value in data.items() if key != "hard"]
+    lines = []
+    for key, value in data.items():
+        if key == "feasible_bits":
+            value = "\n".ljust(20).join(_interval(method, bits) for method, bits in value.items())
+        if key != "hard":
+            lines.append(f"{key.replace('_', ' '):<18} {_words(value)}")
     return "\n".join([*lines, *(["", hard_text(data["hard"])] if "hard" in data else [])])
+
+
+def _interval(method: str, bits: dict[str, float] | str) -> str:
+    return f"{method:<7} {bits}" if isinstance(bits, str) else f"{method:<7} {bits['fewest']:.4g} to {bits['most']:.4g}"
 
 
 def _words(value: Any, nested: bool = False) -> str:

@@ -3,6 +3,7 @@
     job.json        of what: model, method, settings, calibration, version
     calibration/    texts and statistics of the inputs; see anyquant.calibration
     tables/         errors of every unit at every level, a file per matrix
+    searched.json   levels that a search has found, and for which target
     tensors/        quantized matrices, a file each; target.json says for which target
     lock            held while a process works here
 
@@ -29,7 +30,7 @@ from anyquant.calibration.store import ABOUT
 from anyquant.errors import AnyquantError, CorruptFileError, InputError, MachineError, UsageError
 from anyquant.ir.safetensors_io import SafetensorsReader
 
-_JOB, _TARGET, _LOCK = "job.json", "target.json", "lock"
+_JOB, _TARGET, _LOCK, _SEARCHED = "job.json", "target.json", "lock", "searched.json"
 _LOSS, _PARTIAL = "loss", ".partial"
 
 
@@ -59,6 +60,16 @@ class WorkFolder:
     def save_table(self, index: int, name: str, errors: np.ndarray) -> None:
         """Keep the errors of a matrix."""
         self._write(self.path / "tables" / f"{index:05d}.safetensors", {name: errors})
+
+    def searched(self, target: dict[str, Any]) -> list[int] | None:
+        """The levels of all matrices that a search has found for a target, if it was made here."""
+        found = _read_json(self.path / _SEARCHED)
+        levels: list[int] | None = found["levels"] if found and found["target"] == target else None
+        return levels
+
+    def save_searched(self, target: dict[str, Any], levels: list[int]) -> None:
+        """Keep the levels that a search has found."""
+        self._write_json(self.path / _SEARCHED, {"target": target, "levels": levels})
 
     def begin_tensors(self, target: dict[str, Any], *, resume: bool) -> None:
         """Say what the tensors are for; those of another target are thrown away, or refused when resuming.

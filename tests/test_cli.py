@@ -23,6 +23,7 @@ from anyquant.console import Size, mebibytes, table
 if TYPE_CHECKING:
     from tests.conftest import Result
 
+METHODS = ["affine", "block", "claq", "cmpq", "ggml", "skim"]
 VERBS = ["inspect", "plan", "sweep", "quantize", "report", "export", "validate", "exporters", "methods", "doctor"]
 
 
@@ -86,11 +87,11 @@ def test_inspect(invoke: Callable[..., Result], tiny_llama: Path) -> None:
     assert data["matrices"] == 14
     assert data["row_lengths"] == {"64": 12, "96": 2}
     assert data["aliases"] == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert set(data["feasible_bits"]) == {"block", "skim"}  # type: ignore[call-overload]
+    assert set(data["feasible_bits"]) == set(METHODS)  # type: ignore[call-overload]
     assert data["feasible_bits"]["block"] == pytest.approx({"fewest": 2.25, "most": 8.25})  # type: ignore[index]
     assert data["exporters"] == {"gguf": "yes", "onnx": "yes"}
     text = invoke("inspect", tiny_llama).out
-    assert "block: (fewest: 2.25, most: 8.25)" in text
+    assert "block   2.25 to 8.25" in text
     assert invoke("inspect", tiny_llama, "--quiet").out == ""
 
 
@@ -158,9 +159,9 @@ def test_a_missing_extra_names_the_command(
 
 
 def test_lists_and_doctor(invoke: Callable[..., Result]) -> None:
-    assert [m["name"] for m in invoke("methods", "--json").data["methods"]] == ["block", "skim"]  # type: ignore[attr-defined]
+    assert [m["name"] for m in invoke("methods", "--json").data["methods"]] == METHODS  # type: ignore[attr-defined]
     assert [e["name"] for e in invoke("exporters", "--json").data["exporters"]] == ["gguf", "onnx"]  # type: ignore[attr-defined]
-    assert "floating point" in invoke("methods").out
+    assert "minifloat" in invoke("methods").out
     assert "llama.cpp" in invoke("exporters").out
     data = invoke("doctor", "--json").data
     assert data["problems"] == []
@@ -204,7 +205,7 @@ def test_a_broken_plugin_breaks_nothing_else(
     plugins.plugins.cache_clear()
     try:
         out = invoke("methods").out
-        assert "floating point" in out
+        assert "minifloat" in out
         assert "ModuleNotFoundError" in out
         result = invoke("plan", tiny_llama, "--bits", "4", "--method", "rotten")
         assert result.code == 2

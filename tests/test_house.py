@@ -20,7 +20,7 @@ from anyquant.runtime import native
 
 HEAVY = {
     "torch", "transformers", "gguf", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "xllamacpp", "matplotlib",
-    "scipy", "huggingface_hub", "joblib",
+    "scipy", "huggingface_hub", "joblib", "optuna",
 }  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 Methods are found through the entry-point group ``anyquant.methods``. They know matrices, not models.
 
-A matrix consists of units that choose their number of bits alone: its rows, or the matrix as a whole. A method says
-what each level costs in bytes, measures what it costs in error, and quantizes a matrix with the levels it is given.
-How bits are spread over units is not the method's business: see :mod:`anyquant.allocation`.
+A matrix consists of units that choose their number of bits alone: its rows, its columns, or the matrix as a whole. A
+method says what each level costs in bytes, measures what it costs in error, and quantizes a matrix with the levels it
+is given. How bits are spread over units is not the method's business: see :mod:`anyquant.allocation`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.ir import Spec, Tensor
+from anyquant.methods.options import Option, complete
 
 if TYPE_CHECKING:
     from anyquant.calibration import MatrixStatistics
@@ -31,7 +32,7 @@ class Levels:
     """What a matrix of some shape can choose from, in bytes.
 
     Attributes:
-        units: how many things choose a level each: the rows of the matrix, or 1.
+        units: how many things choose a level each: the rows or the columns of the matrix, or 1.
         nbytes: stored bytes of one unit at each level, ascending.
         code_bytes: those of them that are codes, which is all that ``--count index`` counts.
         overhead: stored bytes of the matrix whatever the levels.
@@ -48,25 +49,57 @@ class Levels:
         return len(self.nbytes)
 
 
+@dataclass(frozen=True)
+class JobDefaults:
+    """What a job does unless it is told, with the settings that a method has.
+
+    Attributes:
+        importance: what the calibration records; see :class:`anyquant.calibration.CalibrationSettings`.
+        allocation: who shares a budget; None: the model, or each matrix where errors do not compare across matrices.
+    """
+
+    importance: str = "gradient"
+    allocation: str | None = None
+
+
 class Method(Protocol):
     """The protocol; all functions are pure, so that units of work can run anywhere in any order.
+
+    A class that derives from it gets what most methods have in common.
 
     Attributes:
         name: of the entry point.
         summary: one line for ``anyquant methods``.
-        needs_statistics: whether ``errors`` and ``quantize`` want the statistics of a calibration.
+        options: what there is to set.
     """
 
     name: str
     summary: str
-    needs_statistics: bool
+    options: tuple[Option, ...]
 
-    def settings(self, options: Settings) -> dict[str, Any]:
+    def settings(self, options: Settings, bits: float | None = None) -> dict[str, Any]:
         """Complete and check the options; the result is recorded in the IR as JSON.
+
+        Args:
+            options: name -> value; see :func:`anyquant.methods.options.complete`.
+            bits: of the target, where it has bits: some papers choose by it.
 
         Raises:
             UsageError: an option that is unknown to the method or out of range.
         """
+        return complete(self.name, self.options, options)
+
+    def needs_statistics(self, settings: Settings) -> bool:
+        """Whether ``errors`` and ``quantize`` want the statistics of a calibration."""
+        return True
+
+    def defaults(self, settings: Settings) -> JobDefaults:
+        """What a job does with these settings unless it is told."""
+        return JobDefaults()
+
+    def notes(self, shapes: Mapping[str, tuple[int, int]], settings: Settings) -> list[str]:
+        """What a user should know of matrices, name -> [out, in], that the method cannot treat like all others."""
+        return []
 
     def levels(self, shape: tuple[int, int], settings: Settings) -> Levels:
         """What a matrix [out, in] can choose from, fewest bytes first; from its shape alone."""

@@ -30,6 +30,9 @@ Values = Iterator[tuple[str, NDArray[np.float32]]]
 """(name, FP32 values) of all tensors of a model, in any order."""
 
 
+RESAMPLES = 1000
+
+
 @dataclass(frozen=True)
 class TextSettings:
     """What is measured on.
@@ -46,7 +49,7 @@ class TextSettings:
     windows: int = 16
     window: int = 512
     seed: int = 0
-    resamples: int = 1000
+    resamples: int = RESAMPLES
 
     def check(self) -> None:
         """Refuse settings out of range, before anything is loaded.
@@ -60,60 +63,64 @@ class TextSettings:
                 raise UsageError(f"{name} is {value}; it must be at least {least}")
 
 
+def text_windows(
+    checkpoint: Checkpoint, text: TextSettings, note: Callable[[str], None], *, trust_remote_code: bool = False
+) -> tuple[texts.Windows, dict[str, Any]]:
+    """The windows of a text, and what there is to say of them as JSON; ``note`` is told how far they can be trusted.
+
+    Raises:
+        UsageError: a setting is out of range.
+        InputError: the text cannot be used, is too short, or the model has no tokenizer.
+    """
+    text.check()
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code)
+    windows, notes = texts.cut_text(
+        text.path, tokenizer, checkpoint.config, window=text.window, windows=text.windows, seed=text.seed
+    )
+    for each in notes:
+        note(each)
+    return windows, {
+        "text": text.path.name,
+        "tokens": windows.tokens,
+        "windows": len(windows.ids),
+        "windows_available": windows.available,
+        "window": int(windows.ids.shape[1]),
+        "leading_token": windows.leading,
+        "seed": text.seed,
+        "resamples": text.resamples,
+    }
+
+
 class Meter:
-    """A text, and what the unquantized model says to it."""
+    """Windows of text, and what the unquantized model says to them."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        text: TextSettings,
+        windows: texts.Windows,
         *,
+        seed: int = 0,
+        resamples: int = RESAMPLES,
         trust_remote_code: bool = False,
         progress: ir.Progress | None = None,
-        note: Callable[[str], None],
+        note: Callable[[str], None] | None = None,
     ) -> None:
-        """Cut the text; no weight is read.
+        """No weight is read.
 
         Args:
             checkpoint: the source.
-            text: what to measure on.
+            windows: what to measure on.
+            seed: of the bootstrap.
+            resamples: of the bootstrap.
             trust_remote_code: let transformers run the model's own code.
             progress: called after each window of a model.
-            note: told what a reader of the numbers should know.
-
-        Raises:
-            UsageError: a setting is out of range.
-            InputError: the text cannot be used, is too short, or the model has no tokenizer.
+            note: told how much room the source's logits take.
         """
-        text.check()
-        self._checkpoint, self._text, self._progress, self._note = checkpoint, text, progress, note
+        self._checkpoint, self._windows, self._progress, self._note = checkpoint, windows, progress, note
         self._trust = trust_remote_code
-        self._windows, notes = texts.cut_text(
-            text.path,
-            load_tokenizer(checkpoint, trust_remote_code),
-            checkpoint.config,
-            window=text.window,
-            windows=text.windows,
-            seed=text.seed,
-        )
-        for each in notes:
-            note(each)
-        self._boot = Bootstrap(len(self._windows.ids), text.resamples, text.seed)
+        self._boot = Bootstrap(len(windows.ids), resamples, seed)
         self._normalizers: list[Floats] = []
         self._losses: list[Floats] = []
-
-    def data(self) -> dict[str, Any]:
-        """The text as JSON."""
-        return {
-            "text": self._text.path.name,
-            "tokens": self._windows.tokens,
-            "windows": len(self._windows.ids),
-            "windows_available": self._windows.available,
-            "window": int(self._windows.ids.shape[1]),
-            "leading_token": self._windows.leading,
-            "seed": self._text.seed,
-            "resamples": self._text.resamples,
-        }
 
     def run_source(self) -> Estimate:
         """Run the unquantized model, keep its logits, and return its perplexity.
@@ -172,7 +179,8 @@ class Meter:
         """A float32 array in a file that is gone with the process, however that ends."""
         nbytes = 4 * int(np.prod(shape, dtype=np.int64))
         folder = tempfile.gettempdir()
-        self._note(f"The source's logits take {nbytes:,} bytes in {folder} while the models run.")
+        if self._note:
+            self._note(f"The source's logits take {nbytes:,} bytes in {folder} while the models run.")
         try:
             with tempfile.TemporaryFile(prefix="anyquant-", dir=folder) as file:
                 # Not a sparse file: a mapped page that finds no room later would kill the process.

@@ -19,7 +19,7 @@ from anyquant.measuring import calibration_record, measure, statistics_of
 from anyquant.pipeline import dequantized
 from anyquant.planning import Plan, forms_of, plan, predicted_loss
 from anyquant.reporting.environment import environment
-from anyquant.sweep.measure import Meter, TextSettings
+from anyquant.sweep.measure import Meter, TextSettings, text_windows
 from anyquant.sweep.results import Point, Sweep
 from anyquant.validation.runners.protocol import default_threads
 from anyquant.workfolder import WorkFolder, temporary_work_folder
@@ -70,7 +70,13 @@ def sweep(
 
     if text and _same_file(jobs[0], text):
         say("Losses are measured on the text of the calibration: on other texts they are larger.")
-    meter = text and Meter(checkpoint, text, trust_remote_code=trust_remote_code, progress=progress, note=say)
+    meter, data = None, None
+    if text:
+        windows, data = text_windows(checkpoint, text, say, trust_remote_code=trust_remote_code)
+        meter = Meter(
+            checkpoint, windows, seed=text.seed, resamples=text.resamples, trust_remote_code=trust_remote_code,
+            progress=progress, note=say,
+        )  # fmt: skip
     with nullcontext(work) if work else temporary_work_folder(jobs[0].identity(checkpoint)) as folder:
         planned = [_plan(checkpoint, job, folder, progress) for job in jobs]
         infeasible = [found for found in planned if isinstance(found, InfeasibleTarget)]
@@ -98,7 +104,7 @@ def sweep(
         settings={**forms.settings, "quantize_embeddings": jobs[0].quantize_embeddings},
         loss_unit="nats" if jobs[0].has_gradients else "relative",
         calibration=calibration_record(jobs[0].calibration, statistics) if statistics else None,
-        data=meter.data() if meter else None,
+        data=data,
         environment=environment(default_threads()),
         points=tuple(points),
         notes=tuple(notes),

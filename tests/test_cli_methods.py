@@ -1,0 +1,137 @@
+"""Every method from the command line: options, refinement, and quantizing in the order of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from anyquant import ir
+from anyquant.checkpoint import open_checkpoint
+from anyquant.methods import get_method
+from anyquant.plugins import METHODS, plugins
+
+if TYPE_CHECKING:
+    from tests.conftest import Result
+
+Invoke = Callable[..., "Result"]
+LITTLE = ["--calib-windows", "4", "--calib-window", "32"]
+CODEBOOKS = ["skim", "claq", "cmpq"]
+BITS = {"skim": 3.4, "claq": 3.9, "cmpq": 3.9, "block": 4.6, "affine": 4.4, "ggml": 5.1}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def quantize(invoke: Invoke, model: Path, out: Path, method: str, *more: object) -> Any:
+    texts = [] if method == "block" else LITTLE
+    result = invoke("quantize", model, "-o", out, "--method", method, "--bits", BITS[method], *texts, *more, "--json")
+    assert result.code == 0, result.err
+    return result.data
+
+
+def test_all_methods_are_tried_here() -> None:
+    assert set(BITS) == set(plugins(METHODS))
+    assert not [plugin for plugin in plugins(METHODS).values() if plugin.error]
+
+
+@pytest.mark.parametrize("method", BITS)
+def test_what_plan_promises_is_written(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    texts = [] if method == "block" else LITTLE
+    work = ["--work-dir", tmp_path / "work"]
+    planned = invoke("plan", tiny_llama, "--method", method, "--bits", BITS[method], *texts, *work, "--json")
+    assert planned.code == 0, planned.err
+    made = quantize(invoke, tiny_llama, tmp_path / "out", method, *work)
+    promised: Any = planned.data
+    assert made["files"] == promised["files"] == {f: (tmp_path / "out" / f).stat().st_size for f in made["files"]}
+    assert BITS[method] - 0.5 < made["bits"] <= BITS[method] + 1e-9
+    for exporter, name in (("onnx", "onnx"), ("gguf", "model.gguf")):
+        layout = "native" if exporter == "onnx" or method in ("block", "ggml", "affine") else "f32"
+        done = invoke("export", exporter, tmp_path / "out", "-o", tmp_path / name, "--layout", layout, "--json")
+        if done.code == 2 and layout == "native":  # what has no type there is refused; this always works
+            done = invoke("export", exporter, tmp_path / "out", "-o", tmp_path / name, "--layout", "f32", "--json")
+        assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("method", CODEBOOKS)
+def test_refined_is_better_in_the_same_bytes(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    plain = quantize(invoke, tiny_llama, tmp_path / "plain", method)
+    refined = quantize(invoke, tiny_llama, tmp_path / "refined", method, "--refine")
+    assert refined["bytes"] - plain["bytes"] == len('"refine":true,') or refined["bits"] == plain["bits"]
+    assert refined["output_error"] < 0.95 * plain["output_error"]
+    assert ir.open_ir(tmp_path / "refined").settings["target"]["refine"] is True
+
+
+@pytest.mark.parametrize("method", ["block", "affine", "ggml"])
+def test_what_holds_no_codebooks_is_not_refined(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    result = invoke("quantize", tiny_llama, "-o", tmp_path / "out", "--method", method, "--bits", 5, "--refine")
+    assert result.code == 2
+    assert f"--refine is for codebooks, which the method {method} does not make" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["skim", "claq", "affine"])
+def test_in_the_order_of_the_model(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    """The first group sees what it always saw; later ones see quantized inputs; resumed the bytes are the same."""
+    quantize(invoke, tiny_llama, tmp_path / "plain", method)
+    quantize(invoke, tiny_llama, tmp_path / "once", method, "--sequential")
+    quantize(invoke, tiny_llama, tmp_path / "kept", method, "--sequential", "--work-dir", tmp_path / "work")
+    assert hashes(tmp_path / "once") == hashes(tmp_path / "kept")
+    for path in sorted((tmp_path / "work" / "tensors").glob("*.safetensors"))[1::2]:
+        path.unlink()
+    more = ["--sequential", "--work-dir", tmp_path / "work", "--resume", "--workers", 3]
+    quantize(invoke, tiny_llama, tmp_path / "again", method, *more)
+    assert hashes(tmp_path / "once") == hashes(tmp_path / "again")
+
+    plain, once = ir.open_ir(tmp_path / "plain"), ir.open_ir(tmp_path / "once")
+    names = open_checkpoint(str(tiny_llama)).matrices()
+    same = {n for n in names if np.array_equal(ir.dequantize(plain.tensor(n)), ir.dequantize(once.tensor(n)))}
+    assert {n for n in names if "layers.0.self_attn.q_proj" in n} <= same
+    if method != "skim":  # whose k-means weights change, but may lead to the same codebooks
+        assert len(same) < len(names)
+
+
+def test_no_text_no_order(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", tiny_llama, "-o", tmp_path / "out", "--bits", 5, "--sequential")
+    assert result.code == 2
+    assert "--sequential has no meaning for the method block" in result.err
+
+
+def test_options_of_a_method(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    more = ["--set", "scale=closed", "--set", "outliers=1"]
+    made = quantize(invoke, tiny_llama, tmp_path / "out", "skim", *more)
+    assert made["settings"]["scale"] == "closed"
+    assert made["settings"]["outliers"] == 1.0
+    spec = ir.open_ir(tmp_path / "out").entries["model.layers.0.self_attn.q_proj.weight"].spec
+    assert isinstance(spec, ir.CodebookSpec)
+    assert spec.input_scale
+    assert spec.outliers == round(spec.numel / 100)
+    for bad, words in (("scale", "write KEY=VALUE"), ("scale=best", "must be off, closed or gradient")):
+        result = invoke("plan", tiny_llama, "--method", "skim", "--bits", 3, "--set", bad)
+        assert result.code == 2
+        assert words in result.err
+
+
+def test_the_profile_of_the_paper(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    made = quantize(invoke, tiny_llama, tmp_path / "out", "skim", "--profile", "paper")
+    settings = made["settings"]
+    assert {key: settings[key] for key in ("profile", "scale", "objective", "alternations")} == {
+        "profile": "paper", "scale": "gradient", "objective": "full", "alternations": 1,
+    }  # fmt: skip
+    assert settings["target"]["allocation"] == "matrix"
+    assert ir.open_ir(tmp_path / "out").calibration["importance"] == "fisher"
+
+
+@pytest.mark.parametrize("method", BITS)
+def test_options_are_listed(invoke: Invoke, method: str) -> None:
+    listed: Any = invoke("methods", method, "--json").data
+    assert [option["name"] for option in listed["options"]] == [o.name for o in get_method(method).options]
+    text = invoke("methods", method).out
+    assert all(f"  {option['name']}=" in text for option in listed["options"])
+    assert max(map(len, text.splitlines())) <= 120
+    assert invoke("methods", "skm").code == 2
