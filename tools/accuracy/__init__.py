@@ -1,0 +1,1 @@
+"""Material and peers of tools/benchmark_accuracy.py: models, texts, a sentence encoder, and other quantizers."""

@@ -1,0 +1,56 @@
+"""What a peer is: another quantizer of one matrix, with the bits that it would store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A quantizer of single matrices.
+
+    Attributes:
+        name: with its setting.
+        bits: shape [out, in] -> stored bits per weight, scales and zeros included.
+        quantize: (weight float32 [out, in], moment float32 [in, in], the mean of x x^T over the inputs) -> float32
+            [out, in], what would be computed with. A pure function; the weight stays as it is.
+    """
+
+    name: str
+    bits: Callable[[Shape], float]
+    quantize: Callable[[Floats, Floats], Floats]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A quantizer of whole models: it chooses a peer for each matrix.
+
+    Attributes:
+        name: of the row in a table.
+        peer: (name of a matrix as in a Hugging Face checkpoint, shape) -> what quantizes it.
+    """
+
+    name: str
+    peer: Callable[[str, Shape], Peer]
+
+    @classmethod
+    def uniform(cls, peer: Peer) -> Contender:
+        """The same for all matrices."""
+        return cls(peer.name, lambda name, shape: peer)
+
+    def bits(self, shapes: Mapping[str, Shape]) -> float:
+        """Stored bits per weight of a model with these matrices."""
+        weights = {name: out * columns for name, (out, columns) in shapes.items()}
+        total = sum(self.peer(name, shape).bits(shape) * weights[name] for name, shape in shapes.items())
+        return total / sum(weights.values())
+
+    def quantize(self, name: str, weight: Floats, moment: Floats) -> Floats:
+        """What stands for a matrix; see :class:`Peer`."""
+        return self.peer(name, (weight.shape[0], weight.shape[1])).quantize(weight, moment)
