@@ -7,7 +7,8 @@ overhead (:mod:`anyquant.allocation`), and widths go down to 0 bits, a row of on
 
 What a squared error counts is said in :mod:`anyquant.methods.importance`.
 
-The paper's trained scaling vector and error feedback are not there yet.
+The paper's factor per column (:mod:`anyquant.scaling`) is an option: on SmolLM2-135M at 3.25 bits it gains nothing,
+KL .4385 in closed form against .4350 without.
 
 Outliers, an option that the paper does not have: the weights that stick out most keep their value in FP16.
 """

@@ -18,7 +18,7 @@ def test_identity_of_self() -> None:
     settings.check()
     assert settings.kind == "self"
     assert settings.identity() == {
-        "source": "self", "windows": 32, "window": 256, "seed": 0, "importance": "gradient"
+        "source": "self", "windows": 32, "window": 256, "seed": 0, "importance": "gradient", "row_groups": 0
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def test_file_types_are_llama_cpp_s() -> None:
     assert set(metadata.FILE_TYPES) == set(container.TYPE_IDS)
     for name, number in metadata.FILE_TYPES.items():
         expected = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
+        expected["MXFP4"] = "MOSTLY_MXFP4_MOE"
         assert LlamaFileType(number).name == expected.get(name, f"MOSTLY_{name}")
 
 

@@ -1,0 +1,72 @@
+"""The search over matrices, from the command line: never worse than the greedy solution, within the target, kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from anyquant import ir, searching
+from anyquant.search import SearchResult
+
+pytest.importorskip("optuna")
+
+if TYPE_CHECKING:
+    from tests.conftest import Result
+
+Invoke = Callable[..., "Result"]
+LITTLE = ["--method", "block", "--set", "sensitivity=gradient", "--calib-windows", 4, "--calib-window", 32]
+TPE = ["--search", "tpe", "--trials", 5]
+
+
+def test_trials_are_within_the_target_and_kept(
+    invoke: Invoke, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[SearchResult] = []
+    search = searching.tpe_search
+
+    def watched(*arguments: Any, **options: Any) -> SearchResult:
+        found.append(search(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(searching, "tpe_search", watched)
+    arguments = [*LITTLE, "--bits", 4.6, *TPE, "--work-dir", tmp_path / "work", "--json"]
+    planned: Any = invoke("plan", tiny_llama, *arguments).data
+    (result,) = found
+    assert result.trials == 5
+    assert result.loss <= result.start_loss
+    assert result.cost <= 4.6 + 1e-9
+    assert any("--search tpe: KL" in note for note in planned["notes"])
+
+    made: Any = invoke("quantize", tiny_llama, "-o", tmp_path / "out", *arguments).data
+    assert len(found) == 1  # it was in the work folder
+    assert made["files"] == planned["files"]
+    assert made["bits"] == pytest.approx(result.cost)
+    model = ir.open_ir(tmp_path / "out")
+    assert model.settings["target"]["search"] == "tpe"
+    widths = [e.spec.width for e in model.entries.values() if isinstance(e.spec, ir.BlockSpec)]
+    assert widths == [level + 2 for level in result.levels]
+
+    # Another number of trials is another search.
+    again = [str(text) if text != 5 else "2" for text in arguments]
+    assert invoke("plan", tiny_llama, *again).code == 0
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "skim", "--bits", 3, *TPE], "chooses the bits of matrices as a whole"),
+        (["--bits", 4.6, *TPE], "For block add --set sensitivity=gradient"),
+        ([*LITTLE, "--bits", 4.25, "--allocation", "uniform", *TPE], "--allocation uniform"),
+        ([*LITTLE, "--bits", 4.6, "--trials", 5], "--trials has no meaning without --search tpe"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    invoke: Invoke, tiny_llama: Path, arguments: list[object], words: str
+) -> None:
+    result = invoke("plan", tiny_llama, *arguments)
+    assert result.code == 2
+    assert words in result.err
