@@ -78,6 +78,7 @@ class Benchmark:
                 "windows": windows, "window": window, "seed": seed,
             },
         )  # fmt: skip
+        store.note(store.calibrated, text=Path(calibration.text).name)
 
     def peers(self) -> dict[str, float]:
         """Names of the peers with their bits; says who is missing."""

@@ -20,6 +20,7 @@ CHAMPION = "skim --refine"
 METHODS = (
     "skim",
     CHAMPION,
+    "skim --refine --row-groups 4",
     "skim --refine --sequential",
     "claq",
     "claq --refine",

@@ -113,9 +113,12 @@ def _circumstances(chapter: Chapter) -> str:
         f"Python {machine.get('python', '?')}, {versions}."
     )
     if not chapter.judge.has_text:
-        return f"Evaluated on {of['windows']:,} sentences of {about.get('text', '?')}. {where}"
+        return (
+            f"Evaluated on {of['windows']:,} sentences of {about.get('text', '?')}, calibrated on sentences of "
+            f"{chapter.calibrated.get('text', '?')}. {where}"
+        )
     window = f"{of['windows']} windows of {of['window']} tokens ({of['windows'] * of['window']:,} in all)"
-    text = "text that the model samples" if calibration["text"] == "self" else "another text"
+    text = "text that the model samples" if calibration["text"] == "self" else chapter.calibrated.get("text", "?")
     return (
         f"Evaluated on {window} of {about.get('text', '?')}; calibrated on "
         f"{calibration['windows']} windows of {calibration['window']} tokens of {text}. "

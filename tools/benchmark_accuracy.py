@@ -1,0 +1,219 @@
+"""What quantization costs a model: anyquant's methods, baselines, the papers' settings and peers, on the same texts.
+
+    python tools/benchmark_accuracy.py --work W --source dithered         hours; can be stopped and begun again
+    python tools/benchmark_accuracy.py --work W --windows 4 --systems 'skim*,GPTQ 3*' --targets 3.3
+    python tools/benchmark_accuracy.py --work W --report                  only write what is there
+
+Sources: dithered (SmolLM2-135M as a float model, which the targets are for), stock (as it comes, in Q4_1), encoder (a
+sentence encoder), or another language model's folder. Everything that is measured stays in --work and is not measured
+again; the report tells of all sources that were measured there with the same texts and windows.
+
+The peer HQQ needs the package hqq: pip install 'anyquant[benchmark]', or a folder that has it in PYTHONPATH. The
+source's answers take 3 GB in --work, a model that is being measured .5 GB.
+
+Exit codes: 0 all targets hold on --source; 1 one does not, or was not measured; others are anyquant's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accuracy import embeddings
+from accuracy.commands import Calibration
+from accuracy.evaluation import Lost
+from accuracy.material import CALIBRATIONS, DITHERED, ENCODER, STOCK, Material, material
+from accuracy.running import SOURCE, Benchmark
+from accuracy.store import ABOUT, Store
+from accuracy.systems import CHAMPION, TARGETS, System, at_bits_of, chosen, matches, method, ours, peer
+from accuracy.tables import Chapter, section, write
+from accuracy.texts import WINDOW, WINDOWS
+from accuracy.verdicts import Judge, Row
+
+from anyquant.errors import AnyquantError, InputError
+from anyquant.runtime import native
+
+CALIB_WINDOWS, CALIB_WINDOW = 64, 512
+_ORDER = (DITHERED, STOCK, ENCODER)
+
+
+def store_of(arguments: argparse.Namespace, source: str) -> Store:
+    """Where the results of a source are."""
+    encoder = source == ENCODER
+    calib = arguments.calib
+    if calib not in (*CALIBRATIONS, "self"):
+        calib = f"{Path(calib).stem}-{hashlib.sha256(str(Path(calib).resolve()).encode()).hexdigest()[:6]}"
+    text = "evaluation" if arguments.text is None else f"evaluation-{arguments.text.stem}"
+    size = f"{windows_of(arguments, source)}" + ("" if encoder else f"x{arguments.window}")
+    calibration = calib if encoder else f"{calib}-{arguments.calib_windows}x{arguments.calib_window}"
+    folder = source if source in _ORDER else Path(source).resolve().name
+    return Store(
+        arguments.work / folder, f"{calibration}-{arguments.seed}", f"{text}-{size}-{arguments.seed}"
+    )  # fmt: skip
+
+
+def windows_of(arguments: argparse.Namespace, source: str) -> int:
+    """Windows of the evaluation; of the encoder, sentences."""
+    if arguments.windows is not None:
+        return int(arguments.windows)
+    return embeddings.EVALUATION_SENTENCES if source == ENCODER else WINDOWS
+
+
+def systems_of(arguments: argparse.Namespace, peers: Sequence[str], *, encoder: bool) -> list[System]:
+    """Everything that is asked for, in the order in which it runs.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    own = ours(arguments.targets)
+    if encoder:
+        own = [system for system in own if embeddings.takes(list(system.arguments))]
+    return chosen([*own, *map(peer, peers)], arguments.systems)
+
+
+def rows_of(store: Store) -> list[Row]:
+    """All systems that were measured."""
+    found = []
+    for record in store.all_made():
+        if "digest" in record and store.lost(record).is_file():
+            fields = {name: record[name] for name in ("name", "role", "label", "bits", "seconds", "peak")}
+            found.append(Row(**fields, fresh=record.get("fresh", True), lost=Lost.load(store.lost(record))))
+    return found
+
+
+def judge_of(store: Store) -> Judge:
+    """What the measurements of a source say.
+
+    Raises:
+        InputError: there are none.
+    """
+    source = store.evaluated / SOURCE
+    if not source.is_file():
+        raise InputError(f"{store.evaluated} holds no measurement. Leave out --report to measure.")
+    return Judge(rows_of(store), Lost.load(source))
+
+
+def measure(arguments: argparse.Namespace, found: Material, store: Store) -> None:
+    """Run all that is missing; at last the champion with the bits of each peer that is not beaten yet."""
+    calibration = Calibration(found.calibration, arguments.calib_windows, arguments.calib_window, arguments.seed)
+    windows = windows_of(arguments, arguments.source)
+    benchmark = Benchmark(found, store, calibration, windows, arguments.window, arguments.seed, _say)
+    systems = systems_of(arguments, list(benchmark.peers()), encoder=found.is_encoder)
+    for system in systems if arguments.again else ():
+        store.forget(system)
+    benchmark.source()
+    for number, system in enumerate(systems):
+        _say(f"[{number + 1}/{len(systems)}] {system.name}")
+        benchmark.system(system)
+    for rival in judge_of(store).unbeaten():
+        # What was run for one rival may have beaten this one, too.
+        if rival.name in [other.name for other in judge_of(store).unbeaten()]:
+            extra = method(CHAMPION, at_bits_of(rival.bits))
+            if not arguments.systems or matches(extra, arguments.systems):
+                _say(f"{extra.name}, for {rival.name}")
+                benchmark.system(extra)
+
+
+def command_of(arguments: argparse.Namespace, source: str) -> str:
+    """The command that measures a source so."""
+    words = ["python tools/benchmark_accuracy.py", f"--source {source}", "--work W"]
+    for name, default in (
+        ("calib", CALIBRATIONS[0]), ("calib_windows", CALIB_WINDOWS), ("calib_window", CALIB_WINDOW),
+        ("text", None), ("windows", None), ("window", WINDOW), ("seed", 0),
+    ):  # fmt: skip
+        value = getattr(arguments, name)
+        if value != default:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+def chapters_of(arguments: argparse.Namespace) -> list[Chapter]:
+    """All sources that were measured like this one."""
+    others = sorted(path.name for path in arguments.work.iterdir() if path.is_dir()) if arguments.work.is_dir() else []
+    names = [*_ORDER, *(name for name in others if name not in _ORDER)]
+    found = []
+    for name in names:
+        store = store_of(arguments, name)
+        if (store.evaluated / SOURCE).is_file() and (store.calibrated / ABOUT).is_file():
+            calibrated, evaluated = (store.about(folder) for folder in (store.calibrated, store.evaluated))
+            command, records = command_of(arguments, name), list(store.all_made())
+            found.append(Chapter(name, command, judge_of(store), records, calibrated, evaluated))
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write, and tell whether all targets hold.
+
+    Raises:
+        AnyquantError: something cannot be used, or the machine does not suffice.
+    """
+    native.install()
+    store = store_of(arguments, arguments.source)
+    if not arguments.report:
+        folder = arguments.work
+        measure(arguments, material(arguments.source, arguments.calib, arguments.text, folder), store)
+    judge = judge_of(store)
+    if arguments.output:
+        write(arguments.output, section(chapters_of(arguments)))
+    verdicts = judge.verdicts()
+    for verdict in verdicts:
+        print(f"{'PASS' if verdict.passed else 'FAIL'}: {verdict.target}: {verdict.outcome}. {verdict.found}".rstrip())
+    failed = [record["name"] for record in store.all_made() if "failed" in record]
+    if failed:
+        _say(f"failed: {'; '.join(failed)}")
+    return 0 if all(verdict.passed for verdict in verdicts) and not failed else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in text.split(",") if word)
+
+
+def _patterns(text: str) -> list[str]:
+    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = parser.add_argument
+    add("--work", type=Path, required=True, help="folder in which everything stays")
+    add("--source", default=DITHERED, help=f"{', '.join(_ORDER)}, or a language model's folder [{DITHERED}]")
+    add("--systems", type=_patterns, default=[], help="patterns of names, such as 'skim @*,GPTQ 3*' [all]")
+    add("--targets", type=_numbers, default=TARGETS, help="counted bits of our methods [2.3,2.5,3,3.3,3.5,4,4.5]")
+    add("--again", action="store_true", help="forget what is there of these systems first")
+    add("--calib", default=CALIBRATIONS[0], help="wikipedia, news, self, or a text [wikipedia]")
+    add("--calib-windows", type=int, default=CALIB_WINDOWS, help=f"[{CALIB_WINDOWS}]")
+    add("--calib-window", type=int, default=CALIB_WINDOW, help=f"tokens in each [{CALIB_WINDOW}]")
+    add("--text", type=Path, help="to evaluate on [pages of Wikipedia that calibration does not see]")
+    add("--windows", type=int, help=f"of the evaluation [{WINDOWS}; {embeddings.EVALUATION_SENTENCES} sentences]")
+    add("--window", type=int, default=WINDOW, help=f"tokens in each [{WINDOW}]")
+    add("--seed", type=int, default=0, help="of the choice of windows [0]")
+    add("--report", action="store_true", help="measure nothing")
+    add("--output", type=Path, help="Markdown file whose section is written, such as docs/benchmarks.md")
+    return parser.parse_args(list(arguments))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark; the exit code."""
+    try:
+        return run(parse(arguments))
+    except AnyquantError as error:
+        _say(f"benchmark_accuracy: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("benchmark_accuracy: interrupted; the same command goes on")
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
+    sys.exit(main(sys.argv[1:]))
