@@ -172,10 +172,12 @@ def quantize(
     from anyquant import ir
     from anyquant.pipeline import run as quantize_as
     from anyquant.planning import plan as work_out
+    from anyquant.runtime.memory import return_freed_memory
     from anyquant.summary import mean_losses, plan_data, quantized_text
 
     if not resume:
         ir.refuse_existing(output)
+    return_freed_memory()
     checkpoint, job = open_model(model, revision, trust_remote_code), job_of(**options)
     with ExitStack() as stack:
         work = None

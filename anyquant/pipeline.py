@@ -20,10 +20,11 @@ from anyquant.refinement import refine
 from anyquant.workers import in_order
 from anyquant.workfolder import WorkFolder, temporary_work_folder
 
-# Of the refinement, a share of the mean square input: what is gained on the text of the calibration is then less, but
-# more of it holds on others. Measured at 3 bits on two matrices of SmolLM2, loss after / before on another text: .65
-# without, .62 with .1, more with .4.
-_DAMPING = 0.1
+# Refinement fits the moment of the calibration's text; these two hold it back, so that more of its gain is a gain on
+# other texts: a share of the mean square input added to the diagonal, and a share taken off all that is beside it.
+# KL of SmolLM2 at 2.5 bits, 8,192 tokens of news, measured on Wikipedia: 1.75 not refined, 1.17 with the first alone,
+# 1.12 with both. At 3.25 bits .435 not refined, .425 refined with neither.
+_DAMPING, _SHRINKAGE = 0.1, 0.3
 
 
 def run(
@@ -158,8 +159,15 @@ def _quantize(planned: Plan, name: str, known: MatrixStatistics | None) -> tuple
 def _refined(weight: NDArray[np.float32], tensor: ir.Tensor, known: MatrixStatistics) -> ir.Tensor:
     """The tensor refined for the outputs, by the moments of its groups of rows where there are any."""
     guided = known.guided()
-    moment = known.full() if guided is None else guided
+    moment = held_back(known.full() if guided is None else guided)
     return refine(weight, tensor, moment, row_weights=known.gradient(), damping=_DAMPING)
+
+
+def held_back(moment: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The moment, float32 [..., in, in], with less beside its diagonal."""
+    shrunk = moment * np.float32(1 - _SHRINKAGE)
+    np.einsum("...ii->...i", shrunk)[...] = np.einsum("...ii->...i", moment)
+    return shrunk
 
 
 def remove_leftovers(output: Path) -> None:

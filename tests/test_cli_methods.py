@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from anyquant import ir
+from anyquant.calibration import open_statistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.methods import get_method
+from anyquant.pipeline import held_back
 from anyquant.plugins import METHODS, plugins
+from anyquant.refinement import losses
 
 if TYPE_CHECKING:
     from tests.conftest import Result
@@ -60,11 +63,23 @@ def test_what_plan_promises_is_written(invoke: Invoke, tiny_llama: Path, tmp_pat
 
 @pytest.mark.parametrize("method", CODEBOOKS)
 def test_refined_is_better_in_the_same_bytes(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
-    plain = quantize(invoke, tiny_llama, tmp_path / "plain", method)
-    refined = quantize(invoke, tiny_llama, tmp_path / "refined", method, "--refine")
-    assert refined["bytes"] - plain["bytes"] == len('"refine":true,') or refined["bits"] == plain["bits"]
-    assert refined["output_error"] < 0.95 * plain["output_error"]
-    assert ir.open_ir(tmp_path / "refined").settings["target"]["refine"] is True
+    work = ["--work-dir", tmp_path / "work"]
+    plain = quantize(invoke, tiny_llama, tmp_path / "plain", method, *work)
+    refined = quantize(invoke, tiny_llama, tmp_path / "refined", method, "--refine", *work)
+    assert refined["bits"] == plain["bits"]
+    before, after = ir.open_ir(tmp_path / "plain"), ir.open_ir(tmp_path / "refined")
+    assert after.settings["target"]["refine"] is True
+    checkpoint, statistics = open_checkpoint(str(tiny_llama)), open_statistics(tmp_path / "work" / "calibration")
+    for name in checkpoint.matrices():
+        weight, known = checkpoint.read(name), statistics.matrix(name)
+        assert known is not None
+        assert after.entries[name].spec == before.entries[name].spec
+        moment, rows = held_back(known.full()), known.gradient()
+        lost = [
+            np.sum(losses(weight, model.tensor(name), moment) * (1 if rows is None else rows))
+            for model in (before, after)
+        ]
+        assert lost[1] < lost[0]
 
 
 @pytest.mark.parametrize("method", ["block", "affine", "ggml"])
