@@ -12,11 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.ir import AffineSpec
+from anyquant.ir import FP16_MAX, AffineSpec
 
 Floats = NDArray[np.float32]
 
-FP16_MAX = 65504.0
 _FP16_LEAST = 2.0**-24
 _WORK = 1 << 15  # numbers handled at a time: a few arrays of as many stay in the cache
 

@@ -76,7 +76,20 @@ class MatrixStatistics:
     tokens: int
     diagonal: Floats
     _moment: tuple[Path, str] | Floats = field(repr=False)
-    _gradient: tuple[Path, str] | None = field(default=None, repr=False)
+    _gradient: tuple[Path, str] | Floats | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, moment: Floats, gradients: Floats | None = None, tokens: int = 1) -> MatrixStatistics:
+        """Statistics from elsewhere, all in memory.
+
+        Args:
+            moment: float32 [in, in], the mean of x x^T; or [in], its diagonal, where inputs are independent.
+            gradients: float32 [out], the mean of g_i^2, or [out, in], that of g_i^2 x_j^2.
+            tokens: seen.
+        """
+        full = np.diag(moment) if moment.ndim == 1 else moment
+        triangle = np.concatenate([full[row, row:] for row in range(len(full))])
+        return cls(tokens, np.diag(full).copy(), triangle, gradients)
 
     def full(self) -> Floats:
         """Mean over the tokens of x x^T, float32 [in, in], symmetric; made anew, or read, at every call.
@@ -98,7 +111,7 @@ class MatrixStatistics:
             CorruptFileError: the file was damaged.
             InputError: the file is gone.
         """
-        if self._gradient is None:
+        if not isinstance(self._gradient, tuple):
             return None
         path, name = self._gradient
         if name + GUIDED not in SafetensorsReader(path).entries:
@@ -127,7 +140,7 @@ class MatrixStatistics:
         return found if found is not None and found.ndim == 1 else None
 
     def _recorded(self) -> Floats | None:
-        return None if self._gradient is None else read_array(*self._gradient)
+        return read_array(*self._gradient) if isinstance(self._gradient, tuple) else self._gradient
 
 
 def _square(triangle: Floats, n: int, where: str) -> Floats:

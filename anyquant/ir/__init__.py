@@ -13,6 +13,7 @@ from anyquant.ir.manifest import MANIFEST, Entry, same_plan
 from anyquant.ir.safetensors_io import write_safetensors
 from anyquant.ir.spec import (
     DENSE_DTYPES,
+    FP16_MAX,
     GGML_TYPES,
     AffineSpec,
     Arrays,
@@ -27,6 +28,7 @@ from anyquant.ir.writer import Loss, Progress, refuse_existing, sync, write_ir
 
 __all__ = [
     "DENSE_DTYPES",
+    "FP16_MAX",
     "GGML_TYPES",
     "MANIFEST",
     "ZERO_BLOCK",

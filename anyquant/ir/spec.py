@@ -51,6 +51,9 @@ DENSE_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
 }
 
+FP16_MAX = 65504.0
+"""The largest number of codebooks, scales and outliers."""
+
 BLOCK_FORMATS = ("bfp", "minifloat", "log")
 _MAX_NUMEL = 1 << 46
 _MAX_DIMENSIONS = 8

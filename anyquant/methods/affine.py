@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.affine_grids import (
-    FP16_MAX,
     Grid,
     Kind,
     Steps,
@@ -40,10 +39,10 @@ from anyquant.affine_grids import (
     search,
     side_by_side,
 )
-from anyquant.errors import InputError
 from anyquant.feedback import BeginGroup, activation_order, inverse_factor, with_feedback
 from anyquant.ir import AffineSpec, Tensor
 from anyquant.ir.packing import pack
+from anyquant.methods.codebooks import require_fp16
 from anyquant.methods.importance import Importance, chunks
 from anyquant.methods.options import Option
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings
@@ -112,7 +111,7 @@ class AffineMethod(Method):
         Raises:
             InputError: a weight lies outside FP16, or the statistics are of no inputs.
         """
-        _require_range(weight)
+        require_fp16(weight, "scales")
         importance = Importance(weight, statistics)
         feedback = _Feedback.by_activation(statistics, settings)
         levels = [(spec, Kind(spec.bits, settings["symmetric"])) for spec in _specs(_shape(weight), settings)]
@@ -137,7 +136,7 @@ class AffineMethod(Method):
         Raises:
             InputError: a weight lies outside FP16, or the statistics are of no inputs.
         """
-        _require_range(weight)
+        require_fp16(weight, "scales")
         spec = self.spec(_shape(weight), chosen, settings)
         maker = _Maker(spec, Kind(spec.bits, settings["symmetric"]))
         importance = Importance(weight, statistics) if settings["clip"] else None
@@ -297,18 +296,3 @@ def _counts(importance: Importance, feedback: _Feedback | None, rows: Any) -> Fl
     """What squared errors count, float32 [rows, in], or [1, in] where all rows share it, but for a row's own factor."""
     counts = np.atleast_2d(importance.rows(rows, _NONE))
     return counts if feedback is None else counts * feedback.relief
-
-
-def _require_range(weight: Floats) -> None:
-    """Refuse what scales in FP16 do not reach at every width.
-
-    Raises:
-        InputError: says which weight.
-    """
-    worst = int(np.abs(weight).argmax())
-    row, column = divmod(worst, weight.shape[1])
-    if abs(weight[row, column]) > FP16_MAX:
-        raise InputError(
-            f"the weight {weight[row, column]} at [{row}, {column}] does not fit into FP16 (+-{FP16_MAX:.0f}), in "
-            "which scales are stored. The method block holds it."
-        )

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from anyquant.clustering import assign, kmeans
 from anyquant.feedback import DAMPING, activation_order, inverse_factor, with_feedback
-from anyquant.ir import CodebookSpec, Tensor
+from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
 from anyquant.methods.channels import (
     PALETTE_HELP,
     Bools,
@@ -40,7 +40,7 @@ from anyquant.methods.channels import (
     share,
     widths_of,
 )
-from anyquant.methods.codebooks import require_fp16
+from anyquant.methods.codebooks import excess, require_fp16
 from anyquant.methods.importance import chunks
 from anyquant.methods.options import Option, complete
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings
@@ -52,8 +52,6 @@ _THRESHOLD = 13.0  # an outlier is as many times as large as the mean magnitude 
 _RICH = 0.1  # of the columns reserve more
 _RESERVED = (0.014, 0.004)  # at each end of a rich column and of any other, for 1 % in all
 _NONE = np.empty(0, np.float16)
-_FP16_MAX = float(np.finfo(np.float16).max)
-_REACH = 1.0  # of a column's bulk beyond its quartiles, in units of their distance
 
 
 class ClaqMethod(Method):
@@ -157,7 +155,7 @@ class ClaqMethod(Method):
         codebooks = [_NONE] * shape[1]
 
         def column(j: int, values: Floats) -> Floats:
-            values = np.clip(values, -_FP16_MAX, _FP16_MAX)
+            values = np.clip(values, -FP16_MAX, FP16_MAX)
             if ends is not None and reserved is not None:
                 reserved[j, _extremes(values, *ends[j])] = True
             counts = channels.counts(slice(j, j + 1), clustered_without)
@@ -255,8 +253,7 @@ def _extremes(values: Floats, smallest: int, largest: int) -> NDArray[np.int64]:
 def _sticking_out(channels: Channels, settings: Settings, left: NDArray[np.float64] | None) -> Bools | None:
     """The weights that the rule ``loss`` keeps, bool [in, out]; None if there are none, or the rule is another.
 
-    Those whose excess over their column's bulk costs most, squared and weighted as errors are. The bulk ends beyond
-    the quartiles by their distance (cf. SqueezeLLM, arXiv 2306.07629, section 4.2).
+    Those whose excess over their column's bulk costs most, squared and weighted as errors are.
     """
     columns, out = channels.values.shape
     count = share(settings, "outliers", (out, columns))
@@ -264,9 +261,5 @@ def _sticking_out(channels: Channels, settings: Settings, left: NDArray[np.float
         return None
     score = np.empty(channels.values.shape, np.float32)
     for part in chunks(channels.values):
-        values = channels.values[part]
-        low, high = np.quantile(values, (0.25, 0.75), axis=1, keepdims=True)
-        reach = _REACH * (high - low)
-        excess = np.maximum(np.maximum(values - (high + reach), (low - reach) - values), 0)
-        score[part] = channels.counts(part) * excess**2 * left[part, None]
+        score[part] = channels.counts(part) * excess(channels.values[part]) ** 2 * left[part, None]
     return channels.most(score, count)

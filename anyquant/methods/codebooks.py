@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError
-from anyquant.ir import CodebookSpec, Tensor
+from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
 from anyquant.ir.packing import code_offsets, pack, row_bytes
 from anyquant.methods.protocol import Floats, LevelArray, Levels
 
 MOST_BITS = 8
-_FP16_MAX = 65504.0
+_REACH = 1.0  # of a channel's bulk beyond its quartiles, in units of their distance
 
 
 def channel_bytes(length: int, width: int) -> int:
@@ -39,18 +39,18 @@ def levels_of(shape: tuple[int, int], axis: int, widths: tuple[int, ...], overhe
     return Levels(shape[axis], nbytes, tuple(row_bytes(length, width) for width in widths), overhead)
 
 
-def require_fp16(weight: Floats) -> None:
-    """Refuse what codebooks cannot hold.
+def require_fp16(weight: Floats, stored: str = "codebooks") -> None:
+    """Refuse what FP16 cannot hold; ``stored`` is what is stored in it.
 
     Raises:
         InputError: a weight lies outside FP16; says which.
     """
     largest = np.abs(weight).max()
-    if largest > _FP16_MAX:
+    if largest > FP16_MAX:
         row, column = np.unravel_index(np.abs(weight).argmax(), weight.shape)
         raise InputError(
-            f"the weight {weight[row, column]} at [{row}, {column}] does not fit into FP16 (+-{_FP16_MAX:.0f}), in "
-            "which codebooks are stored. The method block holds it."
+            f"the weight {weight[row, column]} at [{row}, {column}] does not fit into FP16 (+-{FP16_MAX:.0f}), in "
+            f"which {stored} are stored. The method block holds it."
         )
 
 
@@ -101,6 +101,23 @@ def _outlier_arrays(values: Floats, outliers: NDArray[np.int64], spec: CodebookS
         ".outlier_index": column.astype(about[".outlier_index"][0]),
         ".outlier_value": values[row, column].astype(np.float16),
     }
+
+
+def excess(values: Floats) -> Floats:
+    """By how much each value sticks out of its channel's bulk, which ends beyond the quartiles by their distance.
+
+    Cf. SqueezeLLM (arXiv 2306.07629, section 4.2).
+
+    Args:
+        values: float32 [channels, length].
+
+    Returns:
+        float32 [channels, length], 0 within the bulk.
+    """
+    low, high = np.quantile(values, (0.25, 0.75), axis=1, keepdims=True)
+    reach = _REACH * (high - low)
+    beyond: Floats = np.maximum(np.maximum(values - (high + reach), (low - reach) - values), 0)
+    return beyond
 
 
 def largest(score: Floats, count: int) -> NDArray[np.int64]:

@@ -26,6 +26,7 @@ from anyquant.ir import CodebookSpec, Tensor
 from anyquant.methods.codebooks import (
     CodebookBuilder,
     channel_bytes,
+    excess,
     largest,
     levels_of,
     offered_widths,
@@ -39,7 +40,8 @@ from anyquant.scaling import best_scale, gradient_scale
 if TYPE_CHECKING:
     from anyquant.calibration import MatrixStatistics
 
-_REACH = 1.0  # of a row's bulk beyond its quartiles, in units of their distance
+
+_SENSITIVE = 0.1  # of the outliers; .05 of .5 % in SqueezeLLM
 
 
 class SkimMethod(Method):
@@ -49,6 +51,12 @@ class SkimMethod(Method):
     summary = "codebook per row, any number of bits"
     options = (
         Option("outliers", 0.0, "percent of the weights that keep their value in FP16", low=0.0, high=10.0),
+        Option(
+            "outlier_rule",
+            "excess",
+            "which: what sticks out of its row at most cost; or the largest, and a tenth by importance (SqueezeLLM)",
+            choices=("excess", "magnitude"),
+        ),
         Option(
             "scale",
             "off",
@@ -165,18 +173,22 @@ def _outlier_count(shape: tuple[int, int], settings: Settings) -> int:
 
 
 def _outliers(weight: Floats, importance: Importance, settings: Settings) -> NDArray[np.int64]:
-    """Flat indices, ascending, of the weights whose excess over their row's bulk counts most in the matrix.
+    """Flat indices, ascending, of the weights that keep their value.
 
-    The excess is what lies outside the quartiles by more than their distance, as in SqueezeLLM (arXiv 2306.07629,
-    section 4.2), but squared and weighted as errors are; so a row may have many or none.
+    ``excess``: those whose excess over their row's bulk, squared and weighted as errors are, counts most in the matrix,
+    so that a row may have many or none. ``magnitude``: as in SqueezeLLM (arXiv 2306.07629, section 4.2), whose
+    threshold is symmetric: nine tenths are the largest, one tenth those whose errors count most.
     """
     count = _outlier_count((weight.shape[0], weight.shape[1]), settings)
     if not count:
         return np.empty(0, np.int64)
     score = np.empty(weight.shape, np.float32)
+    by_excess = settings["outlier_rule"] == "excess"
     for rows in chunks(weight):
-        low, high = np.quantile(weight[rows], (0.25, 0.75), axis=1, keepdims=True)
-        reach = _REACH * (high - low)
-        excess = np.maximum(np.maximum(weight[rows] - (high + reach), (low - reach) - weight[rows]), 0)
-        score[rows] = importance.whole(rows) * excess**2
-    return largest(score, count)
+        score[rows] = importance.whole(rows) * (excess(weight[rows]) ** 2 if by_excess else 1)
+    if by_excess:
+        return largest(score, count)
+    sensitive = largest(score, round(_SENSITIVE * count))
+    magnitude = np.abs(weight)
+    magnitude.ravel()[sensitive] = np.inf
+    return largest(magnitude, count)

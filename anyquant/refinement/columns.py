@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.clustering import assign, kmeans
-from anyquant.ir import CodebookSpec, Tensor, dequantize
+from anyquant.ir import FP16_MAX, CodebookSpec, Tensor, dequantize
 from anyquant.refinement.pieces import Places, fixed_values, put, take
 
 Floats = NDArray[np.float32]
@@ -24,7 +24,6 @@ Doubles = NDArray[np.float64]
 
 LEAST_GAIN = 1e-4  # of the loss: a sweep that gains less is the last
 _BLOCK = 128  # columns between two updates of h by matrix products
-_FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class _Columns:
         target = self.w[:, j].astype(np.float64)
         alive = diagonal > 0
         target[alive] = q[alive] - h[alive] / diagonal[alive]
-        values = np.clip(target / self.scale[j], -_FP16_MAX, _FP16_MAX).astype(np.float32)[None]
+        values = np.clip(target / self.scale[j], -FP16_MAX, FP16_MAX).astype(np.float32)[None]
         width = int(self.places.bits[j])
         book = kmeans(values, (counts / top).astype(np.float32)[None], 1 << width).astype(np.float16)
         codes = assign(values, book)

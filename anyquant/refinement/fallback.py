@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from anyquant.ir import FP16_MAX
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Codes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
 
-FP16_MAX = 65504.0
 RIDGE = 1e-7
 MOST_RIDGE = 10.0
 LEAST_GAIN = 1e-4

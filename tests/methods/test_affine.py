@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +11,19 @@ import pytest
 from anyquant import ir
 from anyquant.affine_grids import Kind, counts_side_by_side, full_range, search, side_by_side
 from anyquant.allocation import Table
+from anyquant.calibration import MatrixStatistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InputError, UsageError
 from anyquant.feedback import activation_order, inverse_factor
 from anyquant.ir.packing import unpack
 from anyquant.methods.affine import BLOCKS, AffineMethod
 
+stats = MatrixStatistics.of
+
 METHOD = AffineMethod()
 PLAIN = METHOD.settings({"feedback": False, "clip": False})
 SHAPES = [(1, 1), (5, 75), (1, 64), (3, 33), (4, 1), (2, 300)]
 PAIRS = list(itertools.product((2, 4, 8), BLOCKS))
-
-
-@dataclass(frozen=True)
-class Known:
-    """Statistics as a calibration gives them."""
-
-    moment: np.ndarray
-    gradients: np.ndarray | None = None
-    tokens: int = 100
-
-    @property
-    def diagonal(self) -> np.ndarray:
-        return np.diag(self.moment).copy()
-
-    def full(self) -> np.ndarray:
-        return self.moment
-
-    def fisher(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 2 else None
-
-    def gradient(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 1 else None
 
 
 def weights(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -65,7 +45,7 @@ def only(bits: int, block: int, **options: object) -> dict[str, object]:
     return METHOD.settings({"widths": str(bits), "blocks": str(block), **options})
 
 
-def made(weight: np.ndarray, known: Known | None, settings: dict[str, object], level: int = 0) -> ir.Tensor:
+def made(weight: np.ndarray, known: MatrixStatistics | None, settings: dict[str, object], level: int = 0) -> ir.Tensor:
     chosen = np.array([level], np.uint8)
     tensor = METHOD.quantize(weight, chosen, known, settings)  # type: ignore[arg-type]
     assert tensor.spec == METHOD.spec((len(weight), weight.shape[1]), chosen, settings)
@@ -122,7 +102,7 @@ def test_rounding_is_that_of_each_block_alone(bits: int, block: int, shape: tupl
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_constant_blocks_come_out_as_fp16_has_them(bits: int, value: float, symmetric: bool) -> None:
     weight = np.full((2, 21), value, np.float32)
-    known = Known(correlated(21))
+    known = stats(correlated(21))
     settings = [
         only(bits, 16, feedback=False, clip=False, symmetric=symmetric),
         only(bits, 16, symmetric=symmetric),
@@ -140,7 +120,7 @@ def test_small_and_large_weights_keep_finite_scales(bits: int) -> None:
     rng = np.random.default_rng(bits)
     for size in (1e-38, 1e-8, 1e-6, 1.0, 65000.0):
         weight = (rng.uniform(-1, 1, (3, 40)) * size).astype(np.float32)
-        known = Known(correlated(40))
+        known = stats(correlated(40))
         for settings in (PLAIN | {"widths": str(bits), "blocks": "16"}, only(bits, 16)):
             values = ir.dequantize(made(weight, known, settings))
             # Feedback moves values, and clipping cuts them, but not by more than the range of a block.
@@ -225,14 +205,14 @@ def test_blocks_side_by_side() -> None:
 @pytest.mark.parametrize(("bits", "block"), [(2, 16), (4, 64), (8, 256)])
 def test_feedback_lowers_the_output_error(bits: int, block: int, clip: bool, order: str) -> None:
     weight, moment = weights((24, 203)), correlated(203)
-    known = Known(moment)
+    known = stats(moment)
     without = made(weight, known, only(bits, block, feedback=False, clip=clip))
     with_it = made(weight, known, only(bits, block, clip=clip, order=order))
     assert output_error(weight, with_it, moment) < 0.7 * output_error(weight, without, moment)
 
 
 def test_with_activation_order_scales_are_those_of_the_weights() -> None:
-    weight, known = weights((6, 75)), Known(correlated(75))
+    weight, known = weights((6, 75)), stats(correlated(75))
     with_it = made(weight, known, only(4, 32, order="activation", clip=False))
     without = made(weight, known, only(4, 32, feedback=False, clip=False))
     for suffix in (".scale", ".zero"):
@@ -244,7 +224,7 @@ def test_with_activation_order_scales_are_those_of_the_weights() -> None:
 @pytest.mark.parametrize("order", ["activation", "blocks", "none"])
 def test_independent_inputs_leave_rounding(order: str, clip: bool) -> None:
     power = np.exp2(np.random.default_rng(0).uniform(-3, 3, 75)).astype(np.float32)
-    weight, known = weights((6, 75)), Known(np.diag(power))
+    weight, known = weights((6, 75)), stats(np.diag(power))
     with_it = made(weight, known, only(4, 32, order=order, clip=clip, damping=0.0))
     without = made(weight, known, only(4, 32, feedback=False, clip=clip))
     assert np.array_equal(ir.dequantize(with_it), ir.dequantize(without))
@@ -257,7 +237,9 @@ def test_a_matrix_without_statistics_is_rounded() -> None:
     )
 
 
-def promised(weight: np.ndarray, known: Known | None, bits: int, block: int, settings: dict[str, object]) -> float:
+def promised(
+    weight: np.ndarray, known: MatrixStatistics | None, bits: int, block: int, settings: dict[str, object]
+) -> float:
     """The weighted error of rounding, weight by weight: what ``errors`` is to sum up without ranges searched."""
     columns = weight.shape[1]
     diagonal = known.diagonal.astype(np.float64) if known else np.ones(columns)
@@ -270,14 +252,14 @@ def promised(weight: np.ndarray, known: Known | None, bits: int, block: int, set
     if known and settings["feedback"]:
         order = activation_order(known.diagonal)
         left = np.empty(columns)
-        left[order] = np.diag(inverse_factor(known.moment[np.ix_(order, order)], 0.01)) ** -2.0
+        left[order] = np.diag(inverse_factor(known.full()[np.ix_(order, order)], 0.01)) ** -2.0
         counts *= left / np.maximum(diagonal, 1e-4 * diagonal.mean())
     if known and known.gradient() is not None:
         gradient = known.gradient().astype(np.float64)  # type: ignore[union-attr]
         counts *= (gradient + shared * gradient.mean())[:, None]
     tensor = made(weight, None, only(bits, block, feedback=False, clip=False))
     total = float((counts * (ir.dequantize(tensor).astype(np.float64) - weight) ** 2).sum())
-    if known and known.gradients is not None:
+    if known and (known.gradient() is not None or known.fisher() is not None):
         return total
     whole = np.broadcast_to(np.maximum(diagonal, 1e-4 * diagonal.mean()), weight.shape)
     return total * weight.size / float((whole * weight.astype(np.float64) ** 2).sum())
@@ -289,7 +271,7 @@ def promised(weight: np.ndarray, known: Known | None, bits: int, block: int, set
 def test_errors_are_what_rounding_loses(shape: tuple[int, int], importance: str, feedback: bool) -> None:
     weight, rng = weights(shape), np.random.default_rng(2)
     gradients = {"gradient": rng.uniform(0, 2, shape[0]), "fisher": rng.uniform(0, 2, shape)}.get(importance)
-    known = Known(correlated(shape[1]), None if gradients is None else gradients.astype(np.float32))
+    known = stats(correlated(shape[1]), None if gradients is None else gradients.astype(np.float32))
     statistics = None if importance == "none" else known
     settings = METHOD.settings({"clip": False, "feedback": feedback})
     found = METHOD.errors(weight, statistics, settings)  # type: ignore[arg-type]
@@ -302,7 +284,7 @@ def test_errors_are_what_rounding_loses(shape: tuple[int, int], importance: str,
 
 
 def test_searched_errors_are_lower() -> None:
-    weight, known = weights((20, 300)), Known(correlated(300))
+    weight, known = weights((20, 300)), stats(correlated(300))
     fine, plain = ({"clip": clip} for clip in (True, False))
     searched = METHOD.errors(weight, known, METHOD.settings(fine))  # type: ignore[arg-type]
     whole = METHOD.errors(weight, known, METHOD.settings(plain))  # type: ignore[arg-type]
@@ -370,12 +352,12 @@ def test_profiles_and_what_they_need() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"order": "activation"}, {"feedback": False}], ids=str)
 def test_the_same_every_time_and_nothing_changed(settings: dict[str, object]) -> None:
-    weight, known = weights((9, 75)), Known(correlated(75))
-    copies = weight.copy(), known.moment.copy()
+    weight, known = weights((9, 75)), stats(correlated(75))
+    copies = weight.copy(), known.full()
     first, second = (made(weight, known, METHOD.settings(settings), level=3) for _ in range(2))
     assert all(np.array_equal(first.arrays[k], second.arrays[k]) for k in first.arrays)
     assert np.array_equal(weight, copies[0])
-    assert np.array_equal(known.moment, copies[1])
+    assert np.array_equal(known.full(), copies[1])
 
 
 def test_a_dead_input_does_no_harm() -> None:
@@ -383,32 +365,34 @@ def test_a_dead_input_does_no_harm() -> None:
     dead = [0, 31, 74]
     moment[dead, :] = moment[:, dead] = 0
     for order in ("activation", "blocks", "none"):
-        tensor = made(weight, Known(moment), only(8, 32, order=order))
+        tensor = made(weight, stats(moment), only(8, 32, order=order))
         assert np.abs(ir.dequantize(tensor) - weight)[:, dead].max() < 0.05 * np.abs(weight).max()
-    nothing = Known(np.zeros((75, 75), np.float32))
+    nothing = stats(np.zeros((75, 75), np.float32))
     assert np.array_equal(
         ir.dequantize(made(weight, nothing, only(4, 32))), ir.dequantize(made(weight, None, only(4, 32)))
     )
 
 
 @pytest.fixture(scope="module")
-def real_matrix(real_gguf: Path) -> tuple[np.ndarray, Known]:
+def real_matrix(real_gguf: Path) -> tuple[np.ndarray, MatrixStatistics]:
     """Rows of a matrix of SmolLM2, and the moment of inputs as correlated as those of a norm: its own embeddings."""
     checkpoint = open_checkpoint(str(real_gguf))
     weight = checkpoint.read("model.layers.12.self_attn.q_proj.weight")[:96]
     inputs = checkpoint.read("model.embed_tokens.weight")[1000:4000]
     inputs = inputs / np.sqrt((inputs**2).mean(axis=1, keepdims=True))
     inputs *= checkpoint.read("model.layers.12.input_layernorm.weight")
-    return weight, Known((inputs.T @ inputs / len(inputs)).astype(np.float32))
+    return weight, stats((inputs.T @ inputs / len(inputs)).astype(np.float32))
 
 
-def test_levels_of_a_real_matrix_are_ranked_as_feedback_ranks_them(real_matrix: tuple[np.ndarray, Known]) -> None:
+def test_levels_of_a_real_matrix_are_ranked_as_feedback_ranks_them(
+    real_matrix: tuple[np.ndarray, MatrixStatistics],
+) -> None:
     weight, known = real_matrix
     settings = METHOD.settings({"widths": "2,4"})
     promised_errors = METHOD.errors(weight, known, settings)[0]  # type: ignore[arg-type]
     measured = np.array(
         [
-            output_error(weight, made(weight, known, settings, level), known.moment)
+            output_error(weight, made(weight, known, settings, level), known.full())
             for level in range(len(promised_errors))
         ]
     )
@@ -417,14 +401,16 @@ def test_levels_of_a_real_matrix_are_ranked_as_feedback_ranks_them(real_matrix: 
 
 
 @pytest.mark.parametrize("order", ["activation", "blocks", "none"])
-def test_searched_ranges_lower_the_output_error_of_few_bits(order: str, real_matrix: tuple[np.ndarray, Known]) -> None:
+def test_searched_ranges_lower_the_output_error_of_few_bits(
+    order: str, real_matrix: tuple[np.ndarray, MatrixStatistics]
+) -> None:
     weight, known = real_matrix
     searched, whole = (made(weight, known, only(2, 64, clip=clip, order=order)) for clip in (True, False))
-    assert output_error(weight, searched, known.moment) < 0.8 * output_error(weight, whole, known.moment)
+    assert output_error(weight, searched, known.full()) < 0.8 * output_error(weight, whole, known.full())
 
 
-def test_feedback_halves_the_output_error_of_a_real_matrix(real_matrix: tuple[np.ndarray, Known]) -> None:
+def test_feedback_halves_the_output_error_of_a_real_matrix(real_matrix: tuple[np.ndarray, MatrixStatistics]) -> None:
     weight, known = real_matrix
     for bits in (2, 4):
         rounded, better = (made(weight, known, only(bits, 32, feedback=feedback)) for feedback in (False, True))
-        assert output_error(weight, better, known.moment) < 0.7 * output_error(weight, rounded, known.moment)
+        assert output_error(weight, better, known.full()) < 0.7 * output_error(weight, rounded, known.full())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,16 @@ import pytest
 
 from anyquant import ir
 from anyquant.block_formats import quantize_blocks
+from anyquant.calibration import MatrixStatistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InputError, UsageError
 from anyquant.methods.block import WIDTHS, BlockMethod
 from anyquant.methods.importance import CHUNK
 
+stats = MatrixStatistics.of
+
 METHOD = BlockMethod()
 FORMATS = ("bfp", "minifloat", "log")
-
-
-@dataclass(frozen=True)
-class Known:
-    """Statistics as a calibration gives them."""
-
-    diagonal: np.ndarray
-    gradients: np.ndarray | None = None
-    tokens: int = 100
-
-    def full(self) -> np.ndarray:
-        return np.diag(self.diagonal)
-
-    def fisher(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 2 else None
-
-    def gradient(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 1 else None
 
 
 def weights_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -80,7 +64,7 @@ def test_gradients_weight_errors(form: str, kind: str) -> None:
     """Against a sum over all weights, the importance of each written out."""
     weight, diagonal = weights_of((6, 45)), positive(45)
     gradients = {"activation": None, "gradient": positive(6, 2), "fisher": positive((6, 45), 3)}[kind]
-    known: Any = Known(diagonal, gradients)
+    known: Any = stats(diagonal, gradients)
     if kind == "activation":
         counts = np.tile(diagonal.astype(np.float64), (6, 1))
     elif kind == "gradient":
@@ -105,7 +89,7 @@ def test_gradients_weight_errors(form: str, kind: str) -> None:
 
 def test_the_search_counts_as_the_errors_do() -> None:
     weight = weights_of((4, 64))
-    known: Any = Known(positive(64), positive(4, 2))
+    known: Any = stats(positive(64), positive(4, 2))
     chosen = METHOD.settings({"sensitivity": "gradient", "shared_exponent": "search"})
     by_largest = METHOD.settings({"sensitivity": "gradient"})
     assert (METHOD.errors(weight, known, chosen) < METHOD.errors(weight, known, by_largest))[0, :3].all()

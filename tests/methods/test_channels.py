@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 from anyquant.allocation import Table, walk, within
+from anyquant.calibration import MatrixStatistics
 from anyquant.errors import UsageError
 from anyquant.methods.channels import Channels, channel_levels, in_order, resolve_palette, widths_of
 
+stats = MatrixStatistics.of
+
 PAPER = ("2,4", "3,4", "2,3,4")
-
-
-@dataclass(frozen=True)
-class Known:
-    """Statistics as a calibration gives them."""
-
-    diagonal: np.ndarray
-    gradients: np.ndarray | None = None
-    tokens: int = 100
-
-    def fisher(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 2 else None
-
-    def gradient(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 1 else None
 
 
 def known_of(kind: str, shape: tuple[int, int]) -> Any:
@@ -35,8 +22,8 @@ def known_of(kind: str, shape: tuple[int, int]) -> Any:
     diagonal = np.exp2(rng.uniform(-4, 4, shape[1])).astype(np.float32)
     gradients = np.exp2(rng.uniform(-6, 2, shape)).astype(np.float32)
     return {
-        "none": None, "activation": Known(diagonal), "gradient": Known(diagonal, gradients[:, 0].copy()),
-        "fisher": Known(diagonal, gradients),
+        "none": None, "activation": stats(diagonal), "gradient": stats(diagonal, gradients[:, 0].copy()),
+        "fisher": stats(diagonal, gradients),
     }[kind]  # fmt: skip
 
 
@@ -76,9 +63,9 @@ def test_what_errors_count(kind: str, gradients: bool, axis: int) -> None:
     if known is not None:
         whole = np.broadcast_to(known.diagonal.astype(np.float64), shape)
         if kind == "fisher":
-            whole = known.gradients + 0.3 * known.gradients.mean(axis=0)
+            whole = known.fisher() + 0.3 * known.fisher().mean(axis=0)
         elif kind == "gradient":
-            whole = np.outer(known.gradients + 0.3 * known.gradients.mean(), known.diagonal)
+            whole = np.outer(known.gradient() + 0.3 * known.gradient().mean(), known.diagonal)
         if not gradients:
             plain = np.broadcast_to(known.diagonal.astype(np.float64), shape)
             whole = plain * whole.mean() / plain.mean()  # the same in all

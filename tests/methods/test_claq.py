@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,15 @@ from hypothesis.extra.numpy import arrays
 
 from anyquant import ir
 from anyquant.allocation import Table, walk
+from anyquant.calibration import MatrixStatistics
 from anyquant.errors import InputError, UsageError
 from anyquant.methods.claq import ClaqMethod, outlier_order
 from anyquant.methods.protocol import JobDefaults
 
+stats = MatrixStatistics.of
+
 METHOD = ClaqMethod()
 PLAIN = METHOD.settings({"outliers": 0.0})
-
-
-@dataclass(frozen=True)
-class Known:
-    """Statistics as a calibration gives them."""
-
-    moment: np.ndarray
-    gradients: np.ndarray | None = None
-    tokens: int = 100
-
-    @property
-    def diagonal(self) -> np.ndarray:
-        return np.diag(self.moment).copy()
-
-    def full(self) -> np.ndarray:
-        return self.moment
-
-    def fisher(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 2 else None
-
-    def gradient(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 1 else None
 
 
 def weights_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -139,7 +119,7 @@ def test_against_a_slow_oracle(shape: tuple[int, int], dead: tuple[int, ...], op
     chosen = METHOD.settings({"outliers": 0.0, **options})
     count = METHOD.levels(shape, chosen).count
     widths = np.random.default_rng(3).integers(0, min(count, 4), shape[1]).astype(np.uint8)
-    tensor = METHOD.quantize(weight, widths, Known(moment, gradient), chosen)
+    tensor = METHOD.quantize(weight, widths, stats(moment, gradient), chosen)
     tensor.check("w")
     assert tensor.spec == METHOD.spec(shape, widths, chosen)
     rows = gradient + 0.3 * gradient.mean() if chosen["row_weights"] == "gradient" else np.ones(shape[0])
@@ -152,7 +132,7 @@ def test_feedback_lowers_the_error_of_the_output() -> None:
     weight, moment = weights_of((64, 48)), moment_of(48)
     chosen = np.full(48, 2, np.uint8)
     lost = []
-    for known in (Known(moment), Known(np.diag(np.diag(moment)))):
+    for known in (stats(moment), stats(np.diag(np.diag(moment)))):
         error = ir.dequantize(METHOD.quantize(weight, chosen, known, PLAIN)).astype(np.float64) - weight
         lost.append(float(np.einsum("ij,jk,ik->", error, moment.astype(np.float64), error)))
     assert lost[0] < 0.7 * lost[1]
@@ -169,8 +149,8 @@ def test_tables_hold_what_the_tensors_lose(shape: tuple[int, int], importance: s
     factors = gradients[:, 0].copy()
     moment = np.diag(diagonal)
     known: Any = {
-        "none": None, "activation": Known(moment), "gradient": Known(moment, factors),
-        "fisher": Known(moment, gradients),
+        "none": None, "activation": stats(moment), "gradient": stats(moment, factors),
+        "fisher": stats(moment, gradients),
     }[importance]  # fmt: skip
     counted = {
         "none": np.ones(shape), "activation": np.broadcast_to(diagonal, shape),
@@ -199,8 +179,8 @@ def test_tables_know_what_feedback_makes_up_for() -> None:
         rest = order[place:]
         if moment[j, j] > 0:
             left[j] = 1 / np.linalg.inv(whole[np.ix_(rest, rest)])[0, 0] / moment[j, j]
-    apart = METHOD.errors(weight, Known(np.diag(np.diag(moment))), METHOD.settings({"outliers": 0.0, "damping": 0.0}))
-    np.testing.assert_allclose(METHOD.errors(weight, Known(moment), PLAIN), apart * left[:, None], rtol=1e-4)
+    apart = METHOD.errors(weight, stats(np.diag(np.diag(moment))), METHOD.settings({"outliers": 0.0, "damping": 0.0}))
+    np.testing.assert_allclose(METHOD.errors(weight, stats(moment), PLAIN), apart * left[:, None], rtol=1e-4)
     assert left.min() < 0.7  # else this says little
 
 
@@ -209,8 +189,8 @@ def test_codes_are_in_the_order_of_the_matrix() -> None:
     widths = np.array([2, 4, 0, 1, 3, 2, 2, 4, 1], np.uint8)
     mixed = np.random.default_rng(0).permutation(9)
     made = METHOD.settings({"outliers": 3.0})
-    one = METHOD.quantize(weight, widths, Known(moment), made)
-    other = METHOD.quantize(weight[:, mixed].copy(), widths[mixed], Known(moment[np.ix_(mixed, mixed)]), made)
+    one = METHOD.quantize(weight, widths, stats(moment), made)
+    other = METHOD.quantize(weight[:, mixed].copy(), widths[mixed], stats(moment[np.ix_(mixed, mixed)]), made)
     np.testing.assert_allclose(ir.dequantize(one)[:, mixed], ir.dequantize(other), rtol=2e-3, atol=1e-5)
 
 
@@ -218,7 +198,7 @@ def test_reserved_weights_have_the_value_that_feedback_gave_them() -> None:
     weight, moment = weights_of((50, 20)), moment_of(20)
     weight[7, 3] = weight[31, 12] = 30.0
     chosen = METHOD.settings({"outliers": 0.2})
-    tensor = METHOD.quantize(weight, np.full(20, 1, np.uint8), Known(moment), chosen)
+    tensor = METHOD.quantize(weight, np.full(20, 1, np.uint8), stats(moment), chosen)
     assert np.argwhere(outliers_of(tensor)).tolist() == [[7, 3], [31, 12]]
     values = ir.dequantize(tensor)
     first = int(np.argmax(np.diag(moment)))
@@ -264,10 +244,10 @@ def test_columns_with_outliers_come_first() -> None:
     weight = rng.uniform(-1, 1, (200, 8)).astype(np.float32)
     weight[:3, 5] = weight[:2, 2] = weight[:2, 6] = 40.0
     moment = np.diag(np.array([4, 1, 1, 9, 1, 1, 2, 1], np.float32))
-    order = outlier_order(weight, Known(moment))  # type: ignore[arg-type]
+    order = outlier_order(weight, stats(moment))  # type: ignore[arg-type]
     assert order[:5].tolist() == [5, 6, 2, 3, 0]
     paper = METHOD.settings({"profile": "paper"}, 2.5)
-    table = METHOD.errors(weight, Known(moment), paper)
+    table = METHOD.errors(weight, stats(moment), paper)
     for nbytes in (METHOD.levels((200, 8), paper).nbytes, METHOD.levels((200, 8), paper).code_bytes):
         steps = walk([Table(nbytes, table)])
         assert steps.unit.tolist() == order.tolist()
@@ -306,9 +286,9 @@ def test_levels_are_the_bytes_of_the_specs(shape: tuple[int, int], options: dict
 def test_dead_columns() -> None:
     weight, moment = weights_of((64, 8)), moment_of(8, dead=(1, 6))
     chosen = np.full(8, 4, np.uint8)
-    kept = ir.dequantize(METHOD.quantize(weight, chosen, Known(moment), PLAIN))
+    kept = ir.dequantize(METHOD.quantize(weight, chosen, stats(moment), PLAIN))
     assert np.abs(kept - weight)[:, [1, 6]].mean() < 0.2 * np.abs(weight)[:, [1, 6]].mean()
-    zeroed = ir.dequantize(METHOD.quantize(weight, chosen, Known(moment), METHOD.settings({"zero_dead": True})))
+    zeroed = ir.dequantize(METHOD.quantize(weight, chosen, stats(moment), METHOD.settings({"zero_dead": True})))
     assert not zeroed[:, [1, 6]].any()
     assert zeroed[:, 0].any()
 
@@ -316,13 +296,13 @@ def test_dead_columns() -> None:
 @pytest.mark.parametrize("value", [0.0, -0.75])
 def test_constant_matrices_are_exact(value: float) -> None:
     weight = np.full((5, 3), value, np.float32)
-    for known in (None, Known(np.zeros((3, 3), np.float32)), Known(moment_of(3))):
+    for known in (None, stats(np.zeros((3, 3), np.float32)), stats(moment_of(3))):
         for options in ({}, {"profile": "paper"}, {"outliers": 10.0}):
             made = METHOD.settings(options)
             assert np.isfinite(METHOD.errors(weight, known, made)).all()
             tensor = METHOD.quantize(weight, np.zeros(3, np.uint8), known, made)
             tensor.check("w")
-            if known is None or known.moment.any() or not made["zero_dead"]:
+            if known is None or known.full().any() or not made["zero_dead"]:
                 np.testing.assert_array_equal(ir.dequantize(tensor), weight)
 
 
@@ -340,7 +320,7 @@ def test_any_matrix(weight: np.ndarray, seed: int, options: dict[str, Any]) -> N
     rng = np.random.default_rng(seed)
     shape, chosen = (weight.shape[0], weight.shape[1]), METHOD.settings(options)
     levels = rng.integers(0, METHOD.levels(shape, chosen).count, shape[1]).astype(np.uint8)
-    known = Known(moment_of(shape[1], seed), np.exp2(rng.uniform(-30, 3, shape[0])).astype(np.float32))
+    known = stats(moment_of(shape[1], seed), np.exp2(rng.uniform(-30, 3, shape[0])).astype(np.float32))
     tensor = METHOD.quantize(weight, levels, known, chosen)
     tensor.check("w")
     assert tensor.spec == METHOD.spec(shape, levels, chosen)
@@ -352,7 +332,7 @@ def test_any_matrix(weight: np.ndarray, seed: int, options: dict[str, Any]) -> N
 def test_values_that_feedback_drives_out_of_fp16_are_clipped() -> None:
     weight = np.array([[6e4, 6e4]] * 4 + [[-6e4, 6e4]] * 4, np.float32)
     moment = np.array([[4, 3.9], [3.9, 3.9]], np.float32)
-    tensor = METHOD.quantize(weight, np.zeros(2, np.uint8), Known(moment), METHOD.settings({"outliers": 0.0}))
+    tensor = METHOD.quantize(weight, np.zeros(2, np.uint8), stats(moment), METHOD.settings({"outliers": 0.0}))
     tensor.check("w")
 
 
@@ -391,7 +371,7 @@ def test_real_columns_at_the_papers_settings_and_ours(real_gguf: Path) -> None:
     def lost(settings: dict[str, Any], width: int, *, apart: bool = False) -> tuple[float, float]:
         widths = [int(word) for word in settings["palette"].split(",")]
         chosen = np.full(576, widths.index(width), np.uint8)
-        tensor = METHOD.quantize(weight, chosen, Known(np.diag(np.diag(moment)) if apart else moment), settings)
+        tensor = METHOD.quantize(weight, chosen, stats(np.diag(np.diag(moment)) if apart else moment), settings)
         error = inputs @ (ir.dequantize(tensor) - weight).T
         return float((error.astype(np.float64) ** 2).sum() / ((inputs @ weight.T) ** 2).sum()), tensor.spec.nbytes
 

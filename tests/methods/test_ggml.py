@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anyquant import ir
+from anyquant.calibration import MatrixStatistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InputError, MissingDependency, UsageError
 from anyquant.methods.ggml import GgmlMethod
 from anyquant.runtime import libggml
+
+stats = MatrixStatistics.of
 
 pytest.importorskip("libggml")
 
@@ -22,24 +24,6 @@ ALL_ROWS = METHOD.settings({"sample": 1})
 # Without IQ2, whose first use takes half a minute.
 LONG = "IQ3_XXS,IQ3_S,Q2_K,IQ4_XS,Q4_K,Q5_K,Q6_K,Q8_0"
 SHORT = "MXFP4,IQ4_NL,Q4_1,Q5_0,Q5_1,Q8_0"
-
-
-@dataclass(frozen=True)
-class Known:
-    """Statistics as a calibration gives them."""
-
-    diagonal: np.ndarray
-    gradients: np.ndarray | None = None
-    tokens: int = 100
-
-    def full(self) -> np.ndarray:
-        return np.diag(self.diagonal)
-
-    def fisher(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 2 else None
-
-    def gradient(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 1 else None
 
 
 def weights_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -60,16 +44,16 @@ def lost(weight: np.ndarray, tensor: ir.Tensor, counted: np.ndarray) -> float:
     return total
 
 
-def counted_and_known(kind: str, shape: tuple[int, int]) -> tuple[np.ndarray, Known | None]:
+def counted_and_known(kind: str, shape: tuple[int, int]) -> tuple[np.ndarray, MatrixStatistics | None]:
     """What an error counts, [out, in], from its definition, and the statistics that say so."""
     diagonal = moments(shape[1])
     gradients = np.exp2(np.random.default_rng(2).uniform(-6, 2, shape)).astype(np.float32)
     factors = gradients[:, 0].copy()
     return {
         "none": (np.ones(shape), None),
-        "activation": (np.broadcast_to(diagonal, shape), Known(diagonal)),
-        "gradient": (np.outer(factors + 0.3 * factors.mean(), diagonal), Known(diagonal, factors)),
-        "fisher": (gradients + 0.3 * gradients.mean(axis=0), Known(diagonal, gradients)),
+        "activation": (np.broadcast_to(diagonal, shape), stats(diagonal)),
+        "gradient": (np.outer(factors + 0.3 * factors.mean(), diagonal), stats(diagonal, factors)),
+        "fisher": (gradients + 0.3 * gradients.mean(axis=0), stats(diagonal, gradients)),
     }[kind]
 
 
@@ -98,7 +82,7 @@ def test_tables_hold_what_the_tensors_lose(shape: tuple[int, int], importance: s
 
 @pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q2_K", "Q3_K", "IQ3_S", "Q6_K", "Q8_0"])
 def test_weighting_as_in_ggml_is_what_the_library_does(name: str) -> None:
-    weight, known = weights_of((4, 512)), Known(moments(512))
+    weight, known = weights_of((4, 512)), stats(moments(512))
     settings = METHOD.settings({"types": name, "weighting": "ggml"})
     tensor = METHOD.quantize(weight, np.zeros(1, np.uint8), known, settings)
     # ggml squares, sums and divides importances: but for rounding their unit does not matter.
@@ -126,7 +110,7 @@ def test_without_an_importance_matrix_statistics_change_nothing() -> None:
     weight, settings = weights_of((4, 64)), METHOD.settings({"importance_matrix": False})
     assert not METHOD.needs_statistics(settings)
     assert METHOD.needs_statistics(ALL_ROWS)
-    known = Known(moments(64), moments(4))
+    known = stats(moments(64), moments(4))
     np.testing.assert_array_equal(METHOD.errors(weight, known, settings), METHOD.errors(weight, None, settings))
     for level in range(METHOD.levels((4, 64), settings).count):
         chosen = np.array([level], np.uint8)
@@ -137,20 +121,20 @@ def test_without_an_importance_matrix_statistics_change_nothing() -> None:
 def test_a_sample_stands_for_all_rows() -> None:
     # Rows that repeat lose the same part of their squares, so any of them tell all.
     weight = np.tile(weights_of((1, 96)), (7, 1)) * np.exp2(np.arange(7, dtype=np.float32))[:, None]
-    known = Known(moments(96), moments(7, 3))
+    known = stats(moments(96), moments(7, 3))
     whole = METHOD.errors(weight, known, ALL_ROWS)
     for step in (2, 5, 64):
         sampled = METHOD.errors(weight, known, METHOD.settings({"sample": step}))
         np.testing.assert_allclose(sampled, whole, rtol=1e-4)
     # Others, nearly.
-    weight, known = weights_of((256, 96)), Known(moments(96), moments(256, 3))
+    weight, known = weights_of((256, 96)), stats(moments(96), moments(256, 3))
     settings = METHOD.settings({"sample": 4})
     np.testing.assert_allclose(METHOD.errors(weight, known, settings), METHOD.errors(weight, known, ALL_ROWS), rtol=0.2)
 
 
 def test_a_matrix_of_zeros_loses_nothing() -> None:
     zeros = np.zeros((8, 96), np.float32)
-    for known in (None, Known(np.zeros(96, np.float32), np.zeros(8, np.float32))):
+    for known in (None, stats(np.zeros(96, np.float32), np.zeros(8, np.float32))):
         assert not METHOD.errors(zeros, known, METHOD.settings({})).any()
         tensor = METHOD.quantize(zeros, np.zeros(1, np.uint8), known, METHOD.settings({}))
         assert not ir.dequantize(tensor).any()
@@ -257,7 +241,7 @@ def test_without_the_package_settings_say_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_real_matrix(real_gguf: Path, name: str, bounds: dict[str, float]) -> None:
     """The library's own decoder agrees bit for bit, and larger types lose less, down to what is known of them."""
     weight = np.asarray(open_checkpoint(str(real_gguf)).read(name, slice(0, 24)), np.float32)
-    shape, known = (weight.shape[0], weight.shape[1]), Known(moments(weight.shape[1]))
+    shape, known = (weight.shape[0], weight.shape[1]), stats(moments(weight.shape[1]))
     settings = METHOD.settings({"types": LONG if shape[1] % 256 == 0 else SHORT, "sample": 1})
     table = METHOD.errors(weight, known, settings)[0] / weight.size
     for level in range(len(table)):

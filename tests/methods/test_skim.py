@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,29 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from anyquant import ir
+from anyquant.calibration import MatrixStatistics
 from anyquant.errors import InputError, UsageError
 from anyquant.methods.skim import SkimMethod
 
+stats = MatrixStatistics.of
+
 METHOD = SkimMethod()
 PLAIN = METHOD.settings({})
-
-
-@dataclass(frozen=True)
-class Known:
-    """Statistics as a calibration gives them."""
-
-    diagonal: np.ndarray
-    gradients: np.ndarray | None = None
-    tokens: int = 100
-
-    def full(self) -> np.ndarray:
-        return np.diag(self.diagonal)
-
-    def fisher(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 2 else None
-
-    def gradient(self) -> np.ndarray | None:
-        return self.gradients if self.gradients is not None and self.gradients.ndim == 1 else None
 
 
 def weights_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -63,8 +47,8 @@ def test_tables_hold_what_the_tensors_lose(shape: tuple[int, int], importance: s
     gradients = np.exp2(np.random.default_rng(2).uniform(-6, 2, shape)).astype(np.float32)
     factors = gradients[:, 0].copy()
     known = {
-        "none": None, "activation": Known(diagonal), "gradient": Known(diagonal, factors),
-        "fisher": Known(diagonal, gradients),
+        "none": None, "activation": stats(diagonal), "gradient": stats(diagonal, factors),
+        "fisher": stats(diagonal, gradients),
     }[importance]  # fmt: skip
     counted = {
         "none": np.ones(shape), "activation": np.broadcast_to(diagonal, shape),
@@ -90,7 +74,7 @@ def test_tables_hold_what_the_tensors_lose(shape: tuple[int, int], importance: s
 
 
 def test_more_bits_never_hurt() -> None:
-    errors = METHOD.errors(weights_of((6, 100)), Known(moments(100)), PLAIN)
+    errors = METHOD.errors(weights_of((6, 100)), stats(moments(100)), PLAIN)
     for before, after in itertools.pairwise(errors.T):
         assert (after <= before).all()
 
@@ -116,7 +100,7 @@ def test_no_row_takes_more_than_in_fp16(columns: int, most: int) -> None:
 
 
 def test_mixed_widths_row_by_row() -> None:
-    weight, known = weights_of((9, 75)), Known(moments(75))
+    weight, known = weights_of((9, 75)), stats(moments(75))
     widths = np.array([3, 0, 8, 1, 2, 5, 4, 7, 6], np.uint8)
     whole = ir.dequantize(METHOD.quantize(weight, widths, known, PLAIN))
     for row, width in enumerate(widths):
@@ -130,14 +114,18 @@ def test_rows_of_one_value_are_exact_at_any_width() -> None:
     weight[1] = 0.25
     weight[2, ::2] = -1.5
     for width in (1, 4, 8):
-        tensor = METHOD.quantize(weight, np.full(3, width, np.uint8), Known(moments(40)), PLAIN)
+        tensor = METHOD.quantize(weight, np.full(3, width, np.uint8), stats(moments(40)), PLAIN)
         np.testing.assert_array_equal(ir.dequantize(tensor), weight)
-    assert not METHOD.errors(weight, Known(moments(40)), PLAIN)[:2].any()
+    assert not METHOD.errors(weight, stats(moments(40)), PLAIN)[:2].any()
 
 
 def test_a_matrix_of_zeros() -> None:
     weight = np.zeros((2, 5), np.float32)
-    for known in (None, Known(np.zeros(5, np.float32)), Known(np.ones(5, np.float32), np.zeros((2, 5), np.float32))):
+    for known in (
+        None,
+        stats(np.zeros(5, np.float32)),
+        stats(np.ones(5, np.float32), np.zeros((2, 5), np.float32)),
+    ):
         assert not METHOD.errors(weight, known, PLAIN).any()
         assert not ir.dequantize(METHOD.quantize(weight, np.full(2, 2, np.uint8), known, PLAIN)).any()
 
@@ -146,16 +134,16 @@ def test_columns_that_never_saw_anything_are_still_near_their_weights() -> None:
     weight = weights_of((4, 64))
     diagonal = moments(64)
     diagonal[::2] = 0
-    values = ir.dequantize(METHOD.quantize(weight, np.full(4, 4, np.uint8), Known(diagonal), PLAIN))
+    values = ir.dequantize(METHOD.quantize(weight, np.full(4, 4, np.uint8), stats(diagonal), PLAIN))
     assert np.abs(values - weight)[:, ::2].mean() < 0.3 * np.abs(weight)[:, ::2].mean()
 
 
 def test_rows_without_gradient_still_count() -> None:
     """An attention head that sees one token, whatever its query, has none."""
     weight = weights_of((4, 64))
-    known = Known(moments(64), np.array([1, 0, 1, 1e-12], np.float32))
+    known = stats(moments(64), np.array([1, 0, 1, 1e-12], np.float32))
     table = METHOD.errors(weight, known, PLAIN)
-    plain = METHOD.errors(weight, Known(known.diagonal), PLAIN)
+    plain = METHOD.errors(weight, stats(known.diagonal), PLAIN)
     plain *= float(known.diagonal @ (weight.astype(np.float64) ** 2).sum(0)) / weight.size  # in its own units again
     np.testing.assert_allclose(table[[1, 3]], 0.15 * plain[[1, 3]], rtol=1e-4)
     np.testing.assert_allclose(table[[0, 2]], 1.15 * plain[[0, 2]], rtol=1e-4)
@@ -167,11 +155,11 @@ def test_outliers_are_weighted_by_their_rows_too() -> None:
     gradient = np.array([0] * 4 + [1] * 4, np.float32)
     made = METHOD.settings({"outliers": 2.0})
     chosen = np.full(8, 3, np.uint8)
-    tensor = METHOD.quantize(weight, chosen, Known(np.ones(64, np.float32), gradient), made)
+    tensor = METHOD.quantize(weight, chosen, stats(np.ones(64, np.float32), gradient), made)
     starts = tensor.arrays[".outlier_indptr"]
     # Rows of the first half, nine times as wide in squares, count for .15 of the second half's 1.15.
     assert starts[8] == 10
-    plain = METHOD.quantize(weight, chosen, Known(np.ones(64, np.float32)), made).arrays[".outlier_indptr"]
+    plain = METHOD.quantize(weight, chosen, stats(np.ones(64, np.float32)), made).arrays[".outlier_indptr"]
     assert starts[4] < plain[4]
 
 
@@ -213,7 +201,7 @@ def test_outliers_that_tie_are_taken_in_order_and_exactly_as_many_as_promised() 
 def test_any_matrix(weight: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng(seed)
     widths = rng.integers(0, 9, len(weight)).astype(np.uint8)
-    known = Known(np.exp2(rng.uniform(-30, 30, weight.shape[1])).astype(np.float32))
+    known = stats(np.exp2(rng.uniform(-30, 30, weight.shape[1])).astype(np.float32))
     tensor = METHOD.quantize(weight, widths, known, METHOD.settings({"outliers": 5.0}))
     tensor.check("w")
     assert tensor.spec == METHOD.spec((weight.shape[0], weight.shape[1]), widths, METHOD.settings({"outliers": 5.0}))
@@ -224,6 +212,21 @@ def test_a_weight_outside_fp16_is_refused_by_name() -> None:
     weight[1, 4] = -7e4
     with pytest.raises(InputError, match=r"-70000\.0 at \[1, 4\] does not fit into FP16"):
         METHOD.quantize(weight, np.full(3, 2, np.uint8), None, PLAIN)
+
+
+def test_outliers_as_in_squeezellm() -> None:
+    weight = weights_of((10, 40), 5)
+    gradients = np.exp2(np.random.default_rng(6).uniform(-6, 2, (10, 40))).astype(np.float32)
+    made = METHOD.settings({"outliers": 5.0, "outlier_rule": "magnitude"})
+    tensor = METHOD.quantize(weight, np.full(10, 2, np.uint8), stats(np.ones(40, np.float32), gradients), made)
+    row = np.repeat(np.arange(10), np.diff(tensor.arrays[".outlier_indptr"].astype(np.int64)))
+    found = set(zip(row.tolist(), tensor.arrays[".outlier_index"].tolist(), strict=True))
+    assert len(found) == 20
+    counted = gradients + 0.3 * gradients.mean(axis=0)
+    sensitive = [divmod(int(i), 40) for i in np.argsort(-counted.ravel(), kind="stable")[:2]]
+    rest = [divmod(int(i), 40) for i in np.argsort(-np.abs(weight).ravel(), kind="stable")]
+    assert found == set(sensitive) | set([place for place in rest if place not in sensitive][:18])
+    tensor.check("w")
 
 
 @pytest.mark.parametrize(

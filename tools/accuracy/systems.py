@@ -36,7 +36,7 @@ _KMEANS = "skim --allocation uniform --importance fisher"
 BASELINES = {
     "RTN": "affine --set feedback=no --set clip=no",
     "weighted k-means (SqueezeLLM dense)": _KMEANS,
-    "weighted k-means, .5 % outliers (SqueezeLLM)": f"{_KMEANS} --outliers 0.5",
+    "weighted k-means, .5 % outliers (SqueezeLLM)": f"{_KMEANS} --outliers 0.5 --set outlier_rule=magnitude",
 }
 """Label -> how anyquant is told to do it."""
 
