@@ -186,7 +186,7 @@ def quantize(
             folder = work_of(checkpoint, job, work_dir or beside, out, resume=resume, keep=work_dir is not None)
             work = stack.enter_context(folder)
         with out.progress("measuring") as progress:
-            planned = work_out(checkpoint, job, work, progress)
+            planned = work_out(checkpoint, job, work, progress, out.note)
         with out.progress("quantizing") as progress:
             made = quantize_as(planned, output, work, progress, resume=resume)
     data = {**plan_data(planned, exports=False), "output": str(output), **mean_losses(made)}

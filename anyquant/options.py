@@ -64,8 +64,8 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--allocation",
                 type=click.Choice(["model", "matrix", "uniform"]),
-                help="Who shares a budget: the model, each matrix; or one width for all.  [model; matrix with "
-                "--importance activation]",
+                help="Who shares a budget: the model, each matrix; or one width for all.  [model, or what the "
+                "method wants]",
             ),
             click.option(
                 "--search",
@@ -75,8 +75,8 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
                 help="How matrices share bits: by errors, or by trials after that (needs optuna).",
             ),
             click.option("--trials", type=click.IntRange(1), default=64, show_default=True, help="Of --search tpe."),
-            click.option("--block", type=click.Choice(["16", "32"]), help="block: block length.  [32]"),
-            click.option("--outliers", type=float, metavar="PERCENT", help="skim: weights kept in FP16.  [0]"),
+            click.option("--block", type=click.Choice(["16", "32"]), help="block: block length."),
+            click.option("--outliers", type=float, metavar="PERCENT", help="skim, claq: weights kept in FP16.  [0]"),
             click.option(
                 "--set",
                 "set_options",
@@ -113,7 +113,7 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
                 "--importance",
                 type=click.Choice(["gradient", "activation", "fisher"]),
                 help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.  "
-                "[gradient; cmpq: activation]",
+                "[gradient, or what the method wants]",
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn by chance."),
             click.option(
@@ -173,7 +173,10 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
     if rest["outliers"] is not None:
         options["outliers"] = rest["outliers"]
     chosen = get_method(method)
-    options = {**parse(method, chosen.options, rest["set_options"]), **options}
+    more = parse(method, chosen.options, rest["set_options"])
+    for name in sorted(set(more) & set(options)):
+        raise UsageError(f"--{name} and --set {name} both say what {name} is: leave one out.")
+    options |= more
     if rest["profile"]:
         options["profile"] = rest["profile"]
     settings = chosen.settings(options, bits)

@@ -15,6 +15,7 @@ from anyquant import ir
 from anyquant.calibration import MatrixStatistics, Statistics
 from anyquant.measuring import naming, statistics_of, with_calibration
 from anyquant.methods import get_method
+from anyquant.methods.importance import Importance
 from anyquant.planning import Plan
 from anyquant.refinement import refine
 from anyquant.workers import in_order
@@ -152,15 +153,17 @@ def _quantize(planned: Plan, name: str, known: MatrixStatistics | None) -> tuple
     with naming(name):
         tensor = get_method(job.method).quantize(weight, planned.levels[name], known, job.settings)
         if job.refine and known is not None:
-            tensor = _refined(weight, tensor, known)
+            tensor = refined(weight, tensor, known)
     return weight, tensor
 
 
-def _refined(weight: NDArray[np.float32], tensor: ir.Tensor, known: MatrixStatistics) -> ir.Tensor:
+def refined(weight: NDArray[np.float32], tensor: ir.Tensor, known: MatrixStatistics) -> ir.Tensor:
     """The tensor refined for the outputs, by the moments of its groups of rows where there are any."""
     guided = known.guided()
-    moment = held_back(known.full() if guided is None else guided)
-    return refine(weight, tensor, moment, row_weights=known.gradient(), damping=_DAMPING)
+    if guided is None:
+        rows = Importance(weight, known).of_rows
+        return refine(weight, tensor, held_back(known.full()), row_weights=rows, damping=_DAMPING)
+    return refine(weight, tensor, held_back(guided), damping=_DAMPING)  # gradients are in these moments already
 
 
 def held_back(moment: NDArray[np.float32]) -> NDArray[np.float32]:

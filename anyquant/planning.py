@@ -130,7 +130,8 @@ def plan(
     costs = [cost(chosen) for chosen in uniform]
     feasible = (costs[0], costs[-1])
     _require_feasible(job, forms.settings, limit, feasible)
-    chosen, loss = _uniform(job, forms, uniform, costs, limit), None
+    # A search has levels to try next to a uniform one.
+    chosen, loss = None if job.search == "tpe" else _uniform(job, forms, uniform, costs, limit), None
     measured = chosen is None
     if chosen is None:
         tables = measure(checkpoint, job, forms, work, progress, note)
@@ -208,9 +209,10 @@ def _exportable(checkpoint: Checkpoint, job: Job, forms: Forms) -> Forms:
         reasons |= {name: refusal.reason for name, refusal in refused.items()}
         for name, levels, own in zip(forms.names, kept, chosen, strict=True):
             if name not in refused:
-                # A later form that is written in as many bytes is better. Codebooks share a name, not their bytes.
+                # A later form that is written in as many bytes is better. Some kinds share a name, not their bytes.
                 level = int(own[0])
-                levels[level if isinstance(picked[name], ir.CodebookSpec) else export.types[name]] = level
+                alike = not isinstance(picked[name], ir.CodebookSpec | ir.AffineSpec)
+                levels[export.types[name] if alike else level] = level
     for name, levels in zip(forms.names, kept, strict=True):
         if not levels:
             raise InfeasibleTarget(

@@ -7,6 +7,8 @@ levels next to those of the greedy allocation; what counts is the mean KL to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from anyquant import ir
 from anyquant.allocation import Assignment
 from anyquant.calibration import Statistics
 from anyquant.checkpoint import Checkpoint
-from anyquant.errors import UsageError
+from anyquant.errors import MissingDependency, UsageError
 from anyquant.forms import Forms
 from anyquant.job import Job
 from anyquant.measuring import naming, statistics_of
@@ -31,6 +33,7 @@ def require_searchable(job: Job, forms: Forms) -> None:
 
     Raises:
         UsageError: rows or columns choose their bits, all have the same, or there is no text to try on.
+        MissingDependency: optuna is not installed.
     """
     if not forms.whole or job.scope == "uniform":
         raise UsageError(
@@ -42,6 +45,8 @@ def require_searchable(job: Job, forms: Forms) -> None:
             f"--search tpe tries models on the text of the calibration, and the method {job.method} needs none with "
             "these settings. For block add --set sensitivity=gradient."
         )
+    if find_spec("optuna") is None:
+        raise MissingDependency("optuna", "search", "--search tpe")
 
 
 def search(
@@ -72,12 +77,16 @@ def search(
         MissingDependency: optuna is not installed.
         MachineError: the disk has no room for the source's logits.
     """
-    target = {**job.recorded_target(), "size_of": job.target.size_of}
+    target = job.recorded_target()
     known = work.searched(target) if work else None
     if known is not None and len(known) == len(start):
         return [np.array([level], np.uint8) for level in known]
-    with statistics_of(checkpoint, job, forms.names, work, progress) as statistics:
+    from anyquant.calibration.run import torch_threads
+
+    with ExitStack() as stack:
+        statistics = stack.enter_context(statistics_of(checkpoint, job, forms.names, work, progress))
         assert statistics is not None
+        stack.enter_context(torch_threads(statistics.threads))  # which sums depend on, and what is best with them
         loss = _Trials(checkpoint, job, forms, statistics).loss
         positions = [allowed.index(int(level[0])) for allowed, level in zip(forms.allowed, start, strict=True)]
 

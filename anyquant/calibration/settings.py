@@ -59,7 +59,10 @@ class CalibrationSettings:
         if self.importance not in IMPORTANCE:
             raise UsageError(f"--importance is {self.importance!r}; it is one of {', '.join(IMPORTANCE)}")
         if self.row_groups and self.importance == "activation":
-            raise UsageError("groups of rows are weighted by gradients, which --importance activation does not record")
+            raise UsageError(
+                "--row-groups weights tokens by gradients, and --importance activation records none: add --importance "
+                "gradient (cmpq has activation unless told otherwise)."
+            )
 
     @property
     def kind(self) -> str:

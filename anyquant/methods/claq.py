@@ -41,7 +41,7 @@ from anyquant.methods.channels import (
     widths_of,
 )
 from anyquant.methods.codebooks import excess, require_fp16
-from anyquant.methods.importance import chunks
+from anyquant.methods.importance import DEAD, chunks
 from anyquant.methods.options import Option, complete
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings
 
@@ -212,8 +212,10 @@ def _unexplained(moment: Floats, settings: Settings) -> NDArray[np.float64]:
     order = activation_order(np.diag(moment))
     left = np.empty(len(moment))
     left[order] = 1 / np.diag(inverse_factor(moment[np.ix_(order, order)], settings["damping"])) ** 2
-    # Inputs that were always 0 count as they do in the importance.
-    return np.divide(left, diagonal, out=np.ones(len(moment)), where=diagonal > 0)
+    # What the importance raises to a least power is divided by that; inputs that were always 0 count as there.
+    power = np.maximum(diagonal, DEAD * diagonal.mean())
+    share_left: NDArray[np.float64] = np.where(diagonal > 0, left / np.maximum(power, 1e-300), 1.0)
+    return share_left
 
 
 def _ends_of_column(out: int, columns: int, settings: Settings) -> tuple[int, list[tuple[int, int]]]:

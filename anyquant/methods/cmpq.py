@@ -204,8 +204,8 @@ def _by_activation(channels: Channels, shape: tuple[int, int], settings: Setting
 def _stages(shape: tuple[int, ...], settings: Settings) -> list[tuple[int, slice]] | None:
     """None for level by level; where channels are exchanged the first of them go on before the last ones start."""
     units, count = shape
-    few = round(float(settings["exchange"]) / 100 * units)
-    if not few:
+    few = min(round(float(settings["exchange"]) / 100 * units), units // 2)
+    if not few or count < 2:
         return None
     first, between, last = slice(0, few), slice(few, units - few), slice(units - few, units)
     stages = [(1, slice(0, units - few))]

@@ -94,7 +94,7 @@ class GgmlMethod(Method):
 
     def defaults(self, settings: Settings) -> JobDefaults:
         """A budget of the whole model; importances of llama.cpp are those of activations."""
-        return JobDefaults("activation") if settings["profile"] == "paper" else JobDefaults()
+        return JobDefaults("activation" if settings["profile"] == "paper" else "gradient", "model")
 
     def notes(self, shapes: Mapping[str, tuple[int, int]], settings: Settings) -> list[str]:
         """What a user should know of matrices, name -> [out, in], whose rows rule some types out."""

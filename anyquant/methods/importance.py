@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # weights handled at a time
 SHARED = 0.3  # of the mean gradient, added to each row's own
-_DEAD = 1e-4  # least weight of a column, relative to the mean: no calibration text is all texts
+DEAD = 1e-4  # least weight of a column, relative to the mean: no calibration text is all texts
 
 
 class Importance:
@@ -50,7 +50,7 @@ class Importance:
         else:
             self._values = np.ones(weight.shape[1], np.float32)
         mean = float(self._values.mean(dtype=np.float64))
-        self._least = np.float32(_DEAD * mean if mean > 0 else 1.0)
+        self._least = np.float32(DEAD * mean if mean > 0 else 1.0)
         self._numbers, self._columns = np.arange(len(weight)), weight.shape[1]
 
     def all(self, rows: Any) -> Floats:

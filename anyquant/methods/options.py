@@ -53,8 +53,8 @@ class Option:
         wanted = type(self.default)
         if wanted is float and type(value) is int:
             value = float(value)
-        within = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-        if type(value) is not wanted or (self.choices and value not in self.choices) or not within:
+        ok = type(value) is wanted and (not self.choices or value in self.choices)
+        if not (ok and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)):
             raise UsageError(f"the option {self.name} of the method {method} is {value!r}, must be {self.allowed()}.")
         return value
 
@@ -62,7 +62,8 @@ class Option:
         """Which values there are, in words."""
         if self.choices:
             *some, last = map(str, self.choices)
-            return f"{', '.join(some)} or {last}" if some else last
+            between = "; " if any("," in choice for choice in (*some, last)) else ", "
+            return f"{between.join(some)} or {last}" if some else last
         if self.low is not None and self.high is not None:
             return f"{self.low:g}..{self.high:g}"
         return _TYPES[type(self.default)] + (f" of at least {self.low:g}" if self.low is not None else "")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.clustering import assign, kmeans, kmeans_errors
-from anyquant.ir import CodebookSpec, Tensor
+from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
 from anyquant.methods.codebooks import (
     CodebookBuilder,
     channel_bytes,
@@ -32,7 +32,7 @@ from anyquant.methods.codebooks import (
     offered_widths,
     require_fp16,
 )
-from anyquant.methods.importance import Importance, chunks
+from anyquant.methods.importance import SHARED, Importance, chunks
 from anyquant.methods.options import Option
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings
 from anyquant.scaling import best_scale, gradient_scale
@@ -56,6 +56,14 @@ class SkimMethod(Method):
             "excess",
             "which: what sticks out of its row at most cost; or the largest, and a tenth by importance (SqueezeLLM)",
             choices=("excess", "magnitude"),
+        ),
+        Option(
+            "shared",
+            SHARED,
+            "of the matrix' mean gradient, that every row's own is raised by",
+            low=0.0,
+            high=100.0,
+            paper=0.0,
         ),
         Option(
             "scale",
@@ -91,7 +99,7 @@ class SkimMethod(Method):
 
     def errors(self, weight: Floats, statistics: MatrixStatistics | None, settings: Settings) -> NDArray[np.float64]:
         """Errors of each row at each width, float64 [out, widths]: weighted squares, or of the outputs (L-full)."""
-        importance = Importance(weight, statistics)
+        importance = Importance(weight, statistics, settings["shared"])
         outliers = _outliers(weight, importance, settings)
         widths = offered_widths(weight.shape[1])
         errors = np.empty((len(weight), len(widths)))
@@ -117,7 +125,7 @@ class SkimMethod(Method):
             InputError: a weight lies outside FP16, in which codebooks are stored.
         """
         require_fp16(weight)
-        importance = Importance(weight, statistics)
+        importance = Importance(weight, statistics, settings["shared"])
         outliers = _outliers(weight, importance, settings)
         spec = self.spec((weight.shape[0], weight.shape[1]), chosen, settings)
         scale = np.ones(weight.shape[1], np.float32)
@@ -137,7 +145,7 @@ def _clustered(
     """Yield (rows, codes, centroids) under a scale a: sum s (w - a c)^2 is sum s a^2 (w / a - c)^2."""
     for width in np.unique(chosen):
         for part in chunks(weight, np.flatnonzero(chosen == width)):
-            values = weight[part] / scale
+            values = np.clip(weight[part] / scale, -FP16_MAX, FP16_MAX)
             centroids = kmeans(values, importance.rows(part, outliers) * scale**2, 1 << int(width)).astype(np.float16)
             yield part, assign(values, centroids), centroids
 

@@ -60,7 +60,11 @@ def sweep(
     """
     started = time.monotonic()
     if not jobs or any(job.identity(checkpoint) != jobs[0].identity(checkpoint) for job in jobs[1:]):
-        raise UsageError("the jobs of a sweep differ in target and allocation alone, and there is at least one.")
+        raise UsageError(
+            "the jobs of a sweep differ in target and allocation alone, and there is at least one. Settings that "
+            "follow from the target, such as the palette of claq and cmpq with --profile paper, have to be set: for "
+            "example --set palette=2,3,4."
+        )
     notes: list[str] = []
 
     def say(text: str) -> None:

@@ -38,6 +38,7 @@ def test_profiles_fill_in_what_was_not_given() -> None:
         ({"width": 9}, "width of the method m is 9, must be 1..8"),
         ({"width": 4.0}, "is 4.0, must be 1..8"),
         ({"width": True}, "is True, must be 1..8"),
+        ({"width": "4"}, "is '4', must be 1..8"),
         ({"share": -0.1}, "is -0.1, must be a number of at least 0"),
         ({"share": float("nan")}, "is nan"),
         ({"rule": "loss"}, "'loss', must be gain or norm"),

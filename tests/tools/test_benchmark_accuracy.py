@@ -104,7 +104,7 @@ def measured(
     setup = Setup(tmp_path_factory.mktemp("accuracy"), tiny_llama)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy("processes"), "worker", InThisProcess(accuracy))
-        assert setup(tool, "--targets", 2, "--systems", f"skim @ 2,RTN @ 2,{PATTERN}") == 1
+        assert setup(tool, "--targets", 2, "--systems", f"skim @ 2,rounding @ 2,{PATTERN}") == 1
     return setup
 
 
@@ -115,8 +115,8 @@ def records(setup: Setup) -> dict[str, dict[str, Any]]:
 
 def test_two_systems_and_a_peer_from_end_to_end(measured: Setup) -> None:
     found = records(measured)
-    assert set(found) == {"skim @ 2", "RTN @ 2", PEER}
-    skim, rtn, gptq = found["skim @ 2"], found["RTN @ 2"], found[PEER]
+    assert set(found) == {"skim @ 2", "rounding @ 2", PEER}
+    skim, rtn, gptq = found["skim @ 2"], found["rounding @ 2"], found[PEER]
     assert 1.5 < skim["bits"] <= 2
     assert skim["calibrated"]
     assert skim["fresh"]
@@ -168,7 +168,7 @@ def test_what_is_measured_is_not_measured_again(
 ) -> None:
     monkeypatch.setattr(accuracy("processes"), "anyquant", lambda *arguments: pytest.fail(f"ran anyquant {arguments}"))
     before = records(measured)
-    everything = ["--targets", 2, "--systems", f"skim @ 2,RTN @ 2,{PATTERN}"]
+    everything = ["--targets", 2, "--systems", f"skim @ 2,rounding @ 2,{PATTERN}"]
     assert measured(tool, *everything) == 1
     assert steps == ["peers"]
     assert records(measured) == before
@@ -274,8 +274,8 @@ def test_results_of_another_text_are_refused(
 def test_systems_have_names_and_files_of_their_own(systems: Any, accuracy: Callable[[str], Any], tool: Any) -> None:
     every = systems.ours()
     assert len({system.name for system in every}) == len({system.slug for system in every}) == len(every)
-    names = [system.name for system in systems.chosen(every, ["skim @*", "RTN @ 4"])]
-    assert names == [*(f"skim @ {bits:g}" for bits in systems.TARGETS), "RTN @ 4"]
+    names = [system.name for system in systems.chosen(every, ["skim @*", "rounding @ 4"])]
+    assert names == [*(f"skim @ {bits:g}" for bits in systems.TARGETS), "rounding @ 4"]
     assert systems.at_bits_of(3.296875) == 3.2968
     assert systems.at_bits_of(4.25) == 4.25
     takes = accuracy("embeddings").takes
@@ -293,7 +293,7 @@ def test_every_system_is_a_command_that_anyquant_takes(
         if system.label != "ggml" or importlib.util.find_spec("libggml"):
             arguments = commands.complete(str(tiny_llama), system.arguments, calibration)
             jobs[system.name] = commands.job_of(str(tiny_llama), arguments)
-    assert not jobs["RTN @ 4"].needs_statistics
+    assert not jobs["rounding @ 4"].needs_statistics
     assert jobs["skim --refine @ 3.3"].refine
     assert jobs["skim @ 3.3"].calibration.windows == 3
     paper = jobs[f"{systems.SKIM_PAPER} @ 3 of codes"]

@@ -32,9 +32,9 @@ METHODS = (
     "ggml",
 )
 
-_KMEANS = "skim --allocation uniform --importance fisher"
+_KMEANS = "skim --allocation uniform --importance fisher --set shared=0"
 BASELINES = {
-    "RTN": "affine --set feedback=no --set clip=no",
+    "rounding": "affine --set feedback=no --set clip=no",
     "weighted k-means (SqueezeLLM dense)": _KMEANS,
     "weighted k-means, .5 % outliers (SqueezeLLM)": f"{_KMEANS} --outliers 0.5 --set outlier_rule=magnitude",
 }
