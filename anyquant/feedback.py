@@ -24,6 +24,8 @@ BeginGroup = Callable[[int, Floats], None]
 """(place of a group's first column in the order, the group's values as they are by now, float32 [columns, out])."""
 
 DAMPING = 0.01
+LEAST_POWER = 1e-4
+"""What an input counts at least, relative to the mean power of all: no calibration text is all texts."""
 GROUPS = (16, 32, 64, 128, 256)
 _MOST_DAMPING = 100.0
 _LEAF, _BLOCK = 16, 128
@@ -72,6 +74,31 @@ def inverse_factor(moment: NDArray[np.floating], damping: float = DAMPING) -> ND
         f"the second moment of the inputs, {list(moment.shape)}, is not positive even with a damping of "
         f"{_MOST_DAMPING:g}; calibrate again"
     )
+
+
+def uncompensated(
+    moment: NDArray[np.floating], order: NDArray[np.int64], damping: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What an error in each column raises the output's by, relative to what it would if no other made up for it.
+
+    Args:
+        moment: [in, in], the mean of x x^T.
+        order: int64 [in], in which the columns are taken.
+        damping: as for :func:`inverse_factor`.
+
+    Returns:
+        The factor of the moment in this order, and 1 / (U_jj^2 H_jj) by column, float64 [in]: the share of an input's
+        power that those taken later do not explain. 1 where an input was always 0 and nothing is known.
+
+    Raises:
+        InputError: the moment is no moment.
+    """
+    factor = inverse_factor(moment[np.ix_(order, order)], damping)
+    power = np.diag(moment).astype(np.float64)
+    left = np.empty(len(order))
+    left[order] = np.diag(factor) ** -2.0
+    least = LEAST_POWER * power.mean()
+    return factor, np.divide(left, np.maximum(power, least), out=np.ones(len(order)), where=power > 0)
 
 
 def _inverse_lower(lower: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,17 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
+def _with(function: Callable[..., None], options: Sequence[Any]) -> Callable[..., None]:
+    """The function with options, in this order."""
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def target_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options that ``plan`` and ``quantize`` share."""
-    function = job_options(function)
-    for option in reversed(
+    return _with(
+        job_options(function),
         [
             click.option(
                 "--bits", type=float, metavar="B", help="Bits per weight of the matrices, all overhead counted."
@@ -50,15 +57,14 @@ def target_options(function: Callable[..., None]) -> Callable[..., None]:
                 metavar="FORMAT",
                 help="--size of the ir, gguf or onnx files.",
             ),
-        ]
-    ):
-        function = option(function)
-    return function
+        ],
+    )
 
 
 def job_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options that say how, but not how large: those of ``sweep`` too."""
-    for option in reversed(
+    return _with(
+        function,
         [
             click.option("--method", default="block", show_default=True, help="See 'anyquant methods'."),
             click.option(
@@ -135,10 +141,8 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
             ),
             REVISION,
             REMOTE,
-        ]
-    ):
-        function = option(function)
-    return function
+        ],
+    )
 
 
 _CALIBRATION = ("calib", "calib_windows", "calib_window", "importance")

@@ -23,7 +23,7 @@ from anyquant.forms import Forms, chosen_matrices
 from anyquant.job import Job
 from anyquant.measuring import calibration_record, measure
 from anyquant.methods import get_method
-from anyquant.searching import require_searchable, search
+from anyquant.search import require_searchable, search
 
 if TYPE_CHECKING:
     from anyquant.exporters.protocol import ExportPlan

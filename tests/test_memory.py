@@ -112,8 +112,7 @@ def test_memory_goes_with_the_largest_block(tool: ModuleType, tmp_path: Path) ->
     assert added > 30 * MIB
     cmpq = ("--method", "cmpq", "--bits", "2.5", "--set", "palette=2,3")
     small, large = (bench.quantize(cmpq, depth)[0].anonymous for depth in (2, 8))
-    # What the allocator keeps goes up and down by some megabytes.
-    assert large - small < 0.4 * added
+    assert large - small < 0.2 * added
     # A text sampled from the model itself needs all of the model, in FP32.
     whole = bench.quantize(cmpq, 8, source="self")[0].anonymous
     assert whole - small > 0.5 * added

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.ir.ggml_blocks import dequantize_blocks
-from anyquant.ir.packing import code_offsets, row_bytes, row_chunks, unpack
+from anyquant.ir.packing import code_offsets, entry_offsets, row_bytes, row_chunks, unpack
 from anyquant.ir.spec import AffineSpec, BlockSpec, CodebookSpec, DenseSpec, GGMLSpec
 from anyquant.ir.tensor import Tensor
 
@@ -106,11 +106,16 @@ def _codebook(tensor: Tensor, spec: CodebookSpec, chosen: range) -> Floats:
     if spec.input_scale:
         values *= tensor.arrays[".input_scale"].astype(np.float32)[None, :]
     if spec.outliers:
-        indptr = tensor.arrays[".outlier_indptr"].astype(np.int64)
-        for row, channel in enumerate(chosen):
-            part = slice(indptr[channel], indptr[channel + 1])
-            values[row, tensor.arrays[".outlier_index"][part]] = tensor.arrays[".outlier_value"][part]
+        replace_outliers(values, tensor, chosen)
     return values
+
+
+def replace_outliers(values: Floats, tensor: Tensor, rows: Iterable[int]) -> None:
+    """Put the outliers of some rows of a codebook tensor that has any into their values, float32 [rows, in]."""
+    indptr = tensor.arrays[".outlier_indptr"].astype(np.int64)
+    for place, row in enumerate(rows):
+        part = slice(indptr[row], indptr[row + 1])
+        values[place, tensor.arrays[".outlier_index"][part]] = tensor.arrays[".outlier_value"][part]
 
 
 def _entries(tensor: Tensor, spec: CodebookSpec, channels: NDArray[np.int64], first: int, length: int) -> Floats:
@@ -118,7 +123,7 @@ def _entries(tensor: Tensor, spec: CodebookSpec, channels: NDArray[np.int64], fi
     bits, stream = tensor.arrays[".bits"], tensor.arrays[".codes"]
     codebook = tensor.arrays[".codebook"].astype(np.float32)
     offsets = code_offsets(bits, spec.shape[1 - spec.axis])
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(1 << bits.astype(np.int64))])
+    starts = entry_offsets(bits)
     values = np.empty((len(channels), length), np.float32)
     for width in np.unique(bits[channels]).tolist():  # channels of one width are unpacked together
         which = np.flatnonzero(bits[channels] == width)

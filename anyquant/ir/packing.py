@@ -29,6 +29,11 @@ def code_offsets(bits: np.ndarray, length: int) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
+def entry_offsets(bits: np.ndarray) -> NDArray[np.int64]:
+    """Offsets int64 [channels + 1] of the codebooks of channels of these widths among all entries."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(1 << bits.astype(np.int64))])
+
+
 def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the first axis, each of a few million weights, that cover a tensor of this shape."""
     if not shape:

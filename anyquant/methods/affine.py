@@ -39,7 +39,7 @@ from anyquant.affine_grids import (
     search,
     side_by_side,
 )
-from anyquant.feedback import BeginGroup, activation_order, inverse_factor, with_feedback
+from anyquant.feedback import BeginGroup, activation_order, uncompensated, with_feedback
 from anyquant.ir import AffineSpec, Tensor
 from anyquant.ir.packing import pack
 from anyquant.methods.codebooks import require_fp16
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 BLOCKS = (16, 32, 64, 128, 256)
 _SHORT = 64  # the longest block for which order=auto is order=blocks
-_LEAST_POWER = 1e-4  # of an input, relative to the mean: no calibration text is all texts
 _NONE = np.empty(0, np.int64)
 
 
@@ -178,20 +177,13 @@ class _Feedback:
         order: int64 [in].
         moment: float32 [in, in], of the inputs.
         factor: as feedback takes it.
-        relief: float32 [in]: what an error in a column raises the output's by, relative to what it would if no other
-            column made up for it.
+        relief: float32 [in]; see :func:`anyquant.feedback.uncompensated`.
     """
 
     def __init__(self, statistics: MatrixStatistics, order: NDArray[np.int64], settings: Settings) -> None:
         self.order, self.moment = order, statistics.full()
-        self.factor = inverse_factor(self.moment[np.ix_(order, order)], settings["damping"])
-        power = np.diag(self.moment).astype(np.float64)
-        left = np.empty(len(order))
-        left[order] = np.diag(self.factor) ** -2.0
-        least = _LEAST_POWER * power.mean()
-        # Where an input was always 0 nothing is known of what an error does.
-        relief = np.divide(left, np.maximum(power, least), out=np.ones(len(order)), where=power > 0)
-        self.relief: Floats = relief.astype(np.float32)
+        self.factor, left = uncompensated(self.moment, order, settings["damping"])
+        self.relief: Floats = left.astype(np.float32)
 
     @classmethod
     def by_activation(cls, statistics: MatrixStatistics | None, settings: Settings) -> _Feedback | None:

@@ -13,7 +13,7 @@ from anyquant.errors import UsageError
 from anyquant.ir import CodebookSpec, Tensor
 from anyquant.methods.codebooks import MOST_BITS, CodebookBuilder, largest, levels_of, offered_widths
 from anyquant.methods.importance import Importance, chunks
-from anyquant.methods.protocol import Floats, LevelArray, Levels, Settings
+from anyquant.methods.protocol import Floats, LevelArray, Levels
 
 if TYPE_CHECKING:
     from anyquant.calibration import MatrixStatistics
@@ -46,8 +46,8 @@ class Channels:
         """
         importance = Importance(weight, statistics)
         counts, rows = importance.all(slice(None)), importance.of_rows
-        if not gradients and importance.in_nats and statistics is not None:
-            plain = Importance(weight, _WithoutGradients(statistics)).all(slice(None))  # type: ignore[arg-type]
+        if not gradients and importance.in_nats:
+            plain = Importance(weight, statistics, gradients=False).all(slice(None))
             mean = counts.mean(axis=1, dtype=np.float64) if rows is None else rows * counts[0].mean(dtype=np.float64)
             counts, rows = plain * np.float32(mean.mean() / plain[0].mean(dtype=np.float64)), None
         self.axis = axis
@@ -98,19 +98,6 @@ class Channels:
         if marked is None:
             return np.empty(0, np.int64)
         return np.flatnonzero(marked if self.axis == 0 else marked.T)
-
-
-class _WithoutGradients:
-    """Statistics as a calibration of activations alone gives them."""
-
-    def __init__(self, statistics: MatrixStatistics) -> None:
-        self.diagonal = statistics.diagonal
-
-    def fisher(self) -> None:
-        return None
-
-    def gradient(self) -> None:
-        return None
 
 
 def resolve_palette(method: str, settings: Mapping[str, Any], bits: float | None, paper: Sequence[str]) -> str:
@@ -224,8 +211,3 @@ def assemble(
 def chosen_widths(widths: tuple[int, ...], chosen: LevelArray) -> LevelArray:
     """The widths of channels, uint8 [channels], by their levels."""
     return np.array(widths, np.uint8)[chosen]
-
-
-def share(settings: Settings, name: str, shape: tuple[int, int]) -> int:
-    """How many weights of a matrix a setting in percent stands for."""
-    return round(float(settings[name]) / 100 * shape[0] * shape[1])

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.clustering import assign, kmeans
-from anyquant.feedback import DAMPING, activation_order, inverse_factor, with_feedback
+from anyquant.feedback import DAMPING, activation_order, uncompensated, with_feedback
 from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
 from anyquant.methods.channels import (
     PALETTE_HELP,
@@ -37,11 +37,10 @@ from anyquant.methods.channels import (
     chosen_widths,
     in_order,
     resolve_palette,
-    share,
     widths_of,
 )
-from anyquant.methods.codebooks import excess, require_fp16
-from anyquant.methods.importance import DEAD, chunks
+from anyquant.methods.codebooks import excess, require_fp16, share
+from anyquant.methods.importance import chunks
 from anyquant.methods.options import Option, complete
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings
 
@@ -121,7 +120,8 @@ class ClaqMethod(Method):
         """
         shape = (weight.shape[0], weight.shape[1])
         channels = _channels(weight, statistics, settings)
-        left = _unexplained(_moment(statistics, shape[1]), settings)
+        moment = _moment(statistics, shape[1])
+        _, left = uncompensated(moment, activation_order(np.diag(moment)), settings["damping"])
         removed, ends = _sticking_out(channels, settings, left), _ends(weight, statistics, settings)
         if ends is not None:
             removed = np.zeros(channels.values.shape, bool)
@@ -146,7 +146,9 @@ class ClaqMethod(Method):
         widths = chosen_widths(widths_of(settings["palette"], shape[0]), chosen)
         channels = _channels(weight, statistics, settings)
         moment = _moment(statistics, shape[1])
-        reserved = _sticking_out(channels, settings, _unexplained(moment, settings) if settings["outliers"] else None)
+        order = activation_order(np.diag(moment))
+        factor, left = uncompensated(moment, order, settings["damping"])
+        reserved = _sticking_out(channels, settings, left)
         ends = _ends(weight, statistics, settings)
         if reserved is None and ends is not None:
             reserved = np.zeros(shape[::-1], bool)
@@ -167,9 +169,7 @@ class ClaqMethod(Method):
                 result[reserved[j]] = values[reserved[j]].astype(np.float16)  # as it is stored
             return result
 
-        order = activation_order(np.diag(moment))
-        damping, zero_dead = settings["damping"], settings["zero_dead"]
-        result = with_feedback(weight, moment, column, order=order, damping=damping, zero_dead=zero_dead)
+        result = with_feedback(weight, moment, column, order=order, factor=factor, zero_dead=settings["zero_dead"])
         spec = self.spec(shape, chosen, settings)
         return assemble(spec, widths, codes, codebooks, result, channels.flat(reserved))
 
@@ -201,21 +201,6 @@ def _channels(weight: Floats, statistics: MatrixStatistics | None, settings: Set
 
 def _moment(statistics: MatrixStatistics | None, columns: int) -> Floats:
     return np.eye(columns, dtype=np.float32) if statistics is None else statistics.full()
-
-
-def _unexplained(moment: Floats, settings: Settings) -> NDArray[np.float64]:
-    """Share of each input's power that those taken later do not explain, so that feedback cannot make up for it: [in].
-
-    1 / (U_jj^2 H_jj), which the damping keeps above 0.
-    """
-    diagonal = np.diag(moment).astype(np.float64)
-    order = activation_order(np.diag(moment))
-    left = np.empty(len(moment))
-    left[order] = 1 / np.diag(inverse_factor(moment[np.ix_(order, order)], settings["damping"])) ** 2
-    # What the importance raises to a least power is divided by that; inputs that were always 0 count as there.
-    power = np.maximum(diagonal, DEAD * diagonal.mean())
-    share_left: NDArray[np.float64] = np.where(diagonal > 0, left / np.maximum(power, 1e-300), 1.0)
-    return share_left
 
 
 def _ends_of_column(out: int, columns: int, settings: Settings) -> tuple[int, list[tuple[int, int]]]:
@@ -252,14 +237,14 @@ def _extremes(values: Floats, smallest: int, largest: int) -> NDArray[np.int64]:
     return np.concatenate([order[:smallest], order[len(order) - largest :]])
 
 
-def _sticking_out(channels: Channels, settings: Settings, left: NDArray[np.float64] | None) -> Bools | None:
+def _sticking_out(channels: Channels, settings: Settings, left: NDArray[np.float64]) -> Bools | None:
     """The weights that the rule ``loss`` keeps, bool [in, out]; None if there are none, or the rule is another.
 
     Those whose excess over their column's bulk costs most, squared and weighted as errors are.
     """
     columns, out = channels.values.shape
     count = share(settings, "outliers", (out, columns))
-    if settings["outlier_rule"] != "loss" or not count or left is None:
+    if settings["outlier_rule"] != "loss" or not count:
         return None
     score = np.empty(channels.values.shape, np.float32)
     for part in chunks(channels.values):

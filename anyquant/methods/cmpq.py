@@ -39,10 +39,9 @@ from anyquant.methods.channels import (
     chosen_widths,
     in_order,
     resolve_palette,
-    share,
     widths_of,
 )
-from anyquant.methods.codebooks import require_fp16
+from anyquant.methods.codebooks import require_fp16, share
 from anyquant.methods.importance import chunks
 from anyquant.methods.options import Option, complete
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from anyquant.errors import InputError
 from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
-from anyquant.ir.packing import code_offsets, pack, row_bytes
-from anyquant.methods.protocol import Floats, LevelArray, Levels
+from anyquant.ir.packing import code_offsets, entry_offsets, pack, row_bytes
+from anyquant.methods.protocol import Floats, LevelArray, Levels, Settings
 
 MOST_BITS = 8
 _REACH = 1.0  # of a channel's bulk beyond its quartiles, in units of their distance
@@ -61,7 +61,7 @@ class CodebookBuilder:
         """Begin with zeros; ``bits`` are the widths of the channels, uint8 [channels]."""
         self._spec, self._bits = spec, bits.astype(np.uint8)
         self._offsets = code_offsets(bits, spec.shape[1 - spec.axis])
-        self._starts = np.concatenate([[0], np.cumsum(1 << bits.astype(np.int64))])
+        self._starts = entry_offsets(bits)
         self._codes = np.zeros(spec.code_bytes, np.uint8)
         self._codebook = np.zeros(spec.codebook_entries, np.float16)
 
@@ -101,6 +101,11 @@ def _outlier_arrays(values: Floats, outliers: NDArray[np.int64], spec: CodebookS
         ".outlier_index": column.astype(about[".outlier_index"][0]),
         ".outlier_value": values[row, column].astype(np.float16),
     }
+
+
+def share(settings: Settings, name: str, shape: tuple[int, int]) -> int:
+    """How many weights of a matrix a setting in percent stands for."""
+    return round(float(settings[name]) / 100 * shape[0] * shape[1])
 
 
 def excess(values: Floats) -> Floats:

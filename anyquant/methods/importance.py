@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anyquant.feedback import LEAST_POWER
 from anyquant.methods.protocol import Floats
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # weights handled at a time
 SHARED = 0.3  # of the mean gradient, added to each row's own
-DEAD = 1e-4  # least weight of a column, relative to the mean: no calibration text is all texts
 
 
 class Importance:
@@ -36,10 +36,19 @@ class Importance:
         in_nats: whether weighted errors are rises of the loss (twice them), which compare across matrices.
     """
 
-    def __init__(self, weight: Floats, statistics: MatrixStatistics | None, shared: float = SHARED) -> None:
-        """Take what is known of a matrix, float32 [out, in]; ``shared`` is a row's part of the mean gradient."""
-        fisher = statistics.fisher() if statistics else None
-        gradient = statistics.gradient() if statistics else None
+    def __init__(
+        self, weight: Floats, statistics: MatrixStatistics | None, shared: float = SHARED, *, gradients: bool = True
+    ) -> None:
+        """Take what is known of a matrix.
+
+        Args:
+            weight: float32 [out, in].
+            statistics: of its input and its gradients.
+            shared: a row's part of the mean gradient.
+            gradients: whether they are looked at.
+        """
+        fisher = statistics.fisher() if statistics and gradients else None
+        gradient = statistics.gradient() if statistics and gradients else None
         # A factor for a whole row changes nothing in how the row is clustered.
         self.of_rows = None if gradient is None else _shared(gradient, shared)
         self.in_nats = fisher is not None or gradient is not None
@@ -50,7 +59,7 @@ class Importance:
         else:
             self._values = np.ones(weight.shape[1], np.float32)
         mean = float(self._values.mean(dtype=np.float64))
-        self._least = np.float32(DEAD * mean if mean > 0 else 1.0)
+        self._least = np.float32(LEAST_POWER * mean if mean > 0 else 1.0)
         self._numbers, self._columns = np.arange(len(weight)), weight.shape[1]
 
     def all(self, rows: Any) -> Floats:

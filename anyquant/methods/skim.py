@@ -31,6 +31,7 @@ from anyquant.methods.codebooks import (
     levels_of,
     offered_widths,
     require_fp16,
+    share,
 )
 from anyquant.methods.importance import SHARED, Importance, chunks
 from anyquant.methods.options import Option
@@ -95,7 +96,7 @@ class SkimMethod(Method):
     def spec(self, shape: tuple[int, int], chosen: LevelArray, settings: Settings) -> CodebookSpec:
         """The form of a matrix whose rows have these widths."""
         scaled = settings["scale"] != "off"
-        return CodebookSpec.from_bits(shape, 0, chosen, input_scale=scaled, outliers=_outlier_count(shape, settings))
+        return CodebookSpec.from_bits(shape, 0, chosen, input_scale=scaled, outliers=share(settings, "outliers", shape))
 
     def errors(self, weight: Floats, statistics: MatrixStatistics | None, settings: Settings) -> NDArray[np.float64]:
         """Errors of each row at each width, float64 [out, widths]: weighted squares, or of the outputs (L-full)."""
@@ -176,10 +177,6 @@ def _nearest(values: Floats, weights: Floats, width: int) -> Floats:
     return found
 
 
-def _outlier_count(shape: tuple[int, int], settings: Settings) -> int:
-    return round(float(settings["outliers"]) / 100 * shape[0] * shape[1])
-
-
 def _outliers(weight: Floats, importance: Importance, settings: Settings) -> NDArray[np.int64]:
     """Flat indices, ascending, of the weights that keep their value.
 
@@ -187,7 +184,7 @@ def _outliers(weight: Floats, importance: Importance, settings: Settings) -> NDA
     so that a row may have many or none. ``magnitude``: as in SqueezeLLM (arXiv 2306.07629, section 4.2), whose
     threshold is symmetric: nine tenths are the largest, one tenth those whose errors count most.
     """
-    count = _outlier_count((weight.shape[0], weight.shape[1]), settings)
+    count = share(settings, "outliers", (weight.shape[0], weight.shape[1]))
     if not count:
         return np.empty(0, np.int64)
     score = np.empty(weight.shape, np.float32)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.ir import CodebookSpec, Tensor
-from anyquant.ir.packing import code_offsets, pack, row_bytes, unpack
+from anyquant.ir.dequantize import replace_outliers
+from anyquant.ir.packing import code_offsets, entry_offsets, pack, row_bytes, unpack
 
 Codes = NDArray[np.uint8]
 Halves = NDArray[np.float16]
@@ -29,8 +30,7 @@ class Places:
     def of(cls, tensor: Tensor, spec: CodebookSpec) -> Places:
         """Those of a tensor."""
         bits = tensor.arrays[".bits"]
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(1 << bits.astype(np.int64))])
-        return cls(spec, bits, code_offsets(bits, spec.shape[1 - spec.axis]), starts)
+        return cls(spec, bits, code_offsets(bits, spec.shape[1 - spec.axis]), entry_offsets(bits))
 
     def of_codes(self, channels: Ints, width: int) -> Ints:
         """Indices [channels, bytes] of the packed codes of channels of one width."""
@@ -96,10 +96,7 @@ def fixed_values(tensor: Tensor, spec: CodebookSpec, rows: slice | Ints) -> NDAr
     """Float32 [rows, in] with the outliers of these rows, NaN elsewhere; None where the tensor has none."""
     if not spec.outliers:
         return None
-    indptr = tensor.arrays[".outlier_indptr"].astype(np.int64)
     chosen = np.arange(spec.shape[0])[rows]
     values = np.full((len(chosen), spec.shape[1]), np.nan, np.float32)
-    for place, row in enumerate(chosen):
-        part = slice(indptr[row], indptr[row + 1])
-        values[place, tensor.arrays[".outlier_index"][part]] = tensor.arrays[".outlier_value"][part]
+    replace_outliers(values, tensor, chosen)
     return values

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 _LIMIT = 1 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_OPTIONS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
+"""Variable by which a user sets an option of glibc's -> its number in malloc.h."""
 
 
 def return_freed_memory() -> None:
@@ -13,11 +15,12 @@ def return_freed_memory() -> None:
 
     By default glibc raises that limit, up to 32 MiB, as such blocks are freed, and keeps smaller ones for later: a
     model's block after the other then leaves ever more memory behind that nothing holds. It costs some system time.
-    Without glibc nothing happens.
+    What the user has set in the environment stays. Without glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        mallopt(option, _LIMIT)
+    for variable, option in _OPTIONS.items():
+        if variable not in os.environ:
+            mallopt(option, _LIMIT)

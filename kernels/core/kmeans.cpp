@@ -21,6 +21,7 @@
 
 #include "anyquant_core.h"
 #include "kmeans_row.h"
+#include "vector_units.h"
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -38,14 +39,6 @@ namespace sse2 {
 constexpr int LANES = 2;
 #include "kmeans_lambda.h"
 }  // namespace sse2
-
-#ifndef VECTOR_UNITS
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_UNITS 1
-#else
-#define VECTOR_UNITS 0
-#endif
-#endif
 
 #if VECTOR_UNITS
 #pragma GCC push_options

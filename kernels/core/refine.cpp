@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "anyquant_core.h"
+#include "vector_units.h"
 
 namespace {
 
@@ -32,14 +33,6 @@ typedef void (*Axpy)(double* h, const float* row, double factor, size_t n);
   }
 
 AXPY(axpy_plain)
-
-#ifndef VECTOR_UNITS
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTOR_UNITS 1
-#else
-#define VECTOR_UNITS 0
-#endif
-#endif
 
 #if VECTOR_UNITS
 __attribute__((target("avx2"))) AXPY(axpy_avx2)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,3 +32,54 @@ def accuracy(repository: Path) -> Callable[[str], Any]:
         return importlib.import_module(f"accuracy.{name}")
 
     return load
+
+
+@pytest.fixture(scope="session")
+def write_bert() -> Callable[[Path, list[str]], None]:
+    """write_bert(folder, words): a tiny random BERT with a tokenizer of whole words: hidden 64, 2 layers."""
+
+    def write(folder: Path, words: list[str]) -> None:
+        import torch
+        from transformers import BertConfig, BertModel
+
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *words]
+        config = BertConfig(
+            vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=96, max_position_embeddings=64, initializer_range=0.2,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            BertModel(config).save_pretrained(folder)
+        (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+        about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64}
+        (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tool(repository: Path, accuracy: Callable[[str], Any]) -> Iterator[ModuleType]:
+    """The script; its scripts and package are found beside it."""
+    tools = repository / "tools"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tools))
+        accuracy("systems")
+        spec = importlib.util.spec_from_file_location(
+            "anyquant_tools_benchmark_accuracy", tools / "benchmark_accuracy.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="session")
+def verdicts(tool: ModuleType, accuracy: Callable[[str], Any]) -> Any:
+    return accuracy("verdicts")
+
+
+@pytest.fixture(scope="session")
+def systems(tool: ModuleType, accuracy: Callable[[str], Any]) -> Any:
+    return accuracy("systems")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,24 +30,9 @@ def encoder(accuracy: Callable[[str], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random BERT with a tokenizer of whole words: hidden 64, 2 layers."""
-    import torch
-    from transformers import BertConfig, BertModel
-
+def folder(tmp_path_factory: pytest.TempPathFactory, write_bert: Callable[[Path, list[str]], None]) -> Path:
     path = tmp_path_factory.mktemp("bert")
-    words = sorted({word.strip(".,").lower() for sentence in SENTENCES for word in sentence.split()})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *words]
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(path)
-    (path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64}
-    (path / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    write_bert(path, sorted({word.strip(".,").lower() for sentence in SENTENCES for word in sentence.split()}))
     return path
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of accuracy: a tiny run from end to end, going on with it, and what it concludes from numbers."""
+"""The benchmark of accuracy: a tiny run from end to end, and going on with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,34 +19,6 @@ from anyquant.errors import AnyquantError, InfeasibleTarget, InputError, UsageEr
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not care at all {}. "
 PEER = "GPTQ 3 bits, group 64"
 PATTERN = PEER.replace(",", "?")  # in a list of patterns with commas
-
-
-@pytest.fixture(scope="module")
-def tool(repository: Path, accuracy: Callable[[str], Any]) -> Iterator[ModuleType]:
-    """The script; its scripts and package are found beside it."""
-    tools = repository / "tools"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(tools))
-        accuracy("systems")
-        spec = importlib.util.spec_from_file_location(
-            "anyquant_tools_benchmark_accuracy", tools / "benchmark_accuracy.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        yield module
-
-
-@pytest.fixture(scope="module")
-def verdicts(tool: ModuleType, accuracy: Callable[[str], Any]) -> Any:
-    return accuracy("verdicts")
-
-
-@pytest.fixture(scope="module")
-def systems(tool: ModuleType, accuracy: Callable[[str], Any]) -> Any:
-    return accuracy("systems")
 
 
 class Setup:
@@ -303,11 +275,18 @@ def test_every_system_is_a_command_that_anyquant_takes(
 
 @pytest.mark.parametrize("command", ["skim", "skim --refine", "affine --set feedback=no --set clip=no"])
 def test_the_steps_of_an_encoder(
-    command: str, accuracy: Callable[[str], Any], tool: Any, systems: Any, tmp_path: Path, monkeypatch: Any
+    command: str,
+    accuracy: Callable[[str], Any],
+    systems: Any,
+    write_bert: Callable[[Path, list[str]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The source is at no distance from itself; a method and a peer are at some; more bits bring it nearer."""
     embeddings = accuracy("embeddings")
-    write_bert(tmp_path / "model")
+    words = sorted({word.strip(".,").lower() for word in TEXT.split()} - {"{}"})
+    digits = [str(digit) for digit in range(10)]
+    write_bert(tmp_path / "model", [*words, *digits, *(f"##{digit}" for digit in digits)])
     monkeypatch.setattr(embeddings, "CALIBRATION_SENTENCES", 20)
     for name in ("calibration", "evaluation"):
         words = "\n".join(TEXT.format(number) for number in range(40))
@@ -342,127 +321,3 @@ def test_the_steps_of_an_encoder(
     assert PEER in embeddings.list_peers(model)["peers"]
     with pytest.raises(InfeasibleTarget):
         lost(embeddings.make_method, "none", arguments=["--method", "skim", "--bits", "0.001"])
-
-
-def write_bert(folder: Path) -> None:
-    """A tiny random BERT with a tokenizer of words: hidden 64, 2 layers."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    words = sorted({word.strip(".,").lower() for word in TEXT.split()} - {"{}"})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *words, *map(str, range(10))]
-    vocabulary += [f"##{digit}" for digit in range(10)]
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 64}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
-
-
-# --- conclusions -----------------------------------------------------------------------------------------------------
-
-WINDOWS = 12
-
-
-def row(verdicts: Any, name: str, role: str, bits: float, kl: float, *, noise: float = 0.0, rise: float | None = None,
-        label: str = "", seconds: float = 10.0, fresh: bool = True) -> Any:  # fmt: skip
-    """A system of this KL, whose losses are the source's and ``rise`` above."""
-    moved = kl + noise * np.random.default_rng(len(name)).standard_normal((WINDOWS, 5))
-    lost = verdicts.Lost(np.full((WINDOWS, 4), 3.0 + (kl if rise is None else rise)), moved,
-                         np.ones((WINDOWS, 5), np.bool_))  # fmt: skip
-    return verdicts.Row(name, role, label or name, bits, seconds, 1, fresh, lost)
-
-
-def judge(verdicts: Any, *rows: Any) -> Any:
-    shape = (WINDOWS, 5)
-    source = verdicts.Lost(np.full((WINDOWS, 4), 3.0), np.zeros(shape), np.ones(shape, np.bool_))
-    return verdicts.Judge(rows, source)
-
-
-def outcomes(found: Any) -> dict[str, tuple[str, bool]]:
-    return {verdict.target: (verdict.outcome, verdict.passed) for verdict in found.verdicts()}
-
-
-def test_our_best_at_as_few_bits_against_each_rival(verdicts: Any) -> None:
-    found = judge(
-        verdicts,
-        row(verdicts, "ours 3", "method", 3.0, 0.5, noise=0.01),
-        row(verdicts, "ours 4", "method", 4.0, 0.1, noise=0.01),
-        row(verdicts, "claim", "claim", 3.0, 0.01), row(verdicts, "low", "peer", 2.9, 0.9),
-        row(verdicts, "worse", "peer", 3.5, 0.6, noise=0.01), row(verdicts, "even", "baseline", 3.6, 0.5, noise=1.0),
-        row(verdicts, "strong", "peer", 3.9, 0.4, noise=0.01),
-        row(verdicts, "equal bits", "peer", 4.0, 0.2, noise=0.01),
-        row(verdicts, "broken", "peer", 3.2, float("nan")),
-    )  # fmt: skip
-    seen = outcomes(found)
-    assert seen["KL below low at 2.900 bits"] == ("not measured", False)
-    assert seen["KL below worse at 3.500 bits"] == ("better", True)
-    assert seen["KL below even at 3.600 bits"] == ("tie", False)
-    assert seen["KL below strong at 3.900 bits"] == ("worse", False)
-    assert seen["KL below equal bits at 4.000 bits"] == ("better", True)
-    assert seen["KL below broken at 3.200 bits"] == ("better", True)
-    assert [rival.name for rival in found.unbeaten()] == ["low", "even", "strong"]
-    difference = found.difference(found.rows[0], found.rows[4])
-    assert difference.value == pytest.approx(found.rows[0].kl - found.rows[4].kl)
-    assert difference.low < difference.value < difference.high < 0
-
-
-def test_ratios_of_the_targets(verdicts: Any, systems: Any) -> None:
-    def measured(ours: float, gptq: float, at_few: float) -> tuple[bool, bool]:
-        seen = outcomes(judge(
-            verdicts, row(verdicts, "a", "method", 3.3, ours), row(verdicts, PEER, "peer", 3.297, 2 * gptq),
-            row(verdicts, f"{PEER}, clipped", "peer", 3.297, gptq),
-            row(verdicts, "b", "method", 2.5, 2 * ours, rise=float(np.log(at_few))),
-        ))  # fmt: skip
-        return tuple(seen[t][1] for t in seen if t.startswith(("at 3.3 bits", "at 2.5 bits")))  # type: ignore[return-value]
-
-    assert measured(0.3, 0.51, 5.9) == (True, True)
-    assert measured(0.3, 0.49, 6.1) == (False, False)
-
-
-def test_claims_of_the_papers(verdicts: Any, systems: Any) -> None:
-    def claims(skim: float, cmpq: float, claq: float, w6a6: float) -> list[bool]:
-        made = [
-            (f"{systems.KMEANS} @ 3 of codes", 1.0), (f"{systems.SKIM_PAPER} @ 3 of codes", skim),
-            (f"{systems.CMPQ_PAPER} @ 2 of codes", 2.0), (f"{systems.CMPQ_PAPER} @ 2.2 of codes", cmpq),
-            (f"{systems.CLAQ_PAPER} @ 2.05 of codes", claq), ("GPTQ 3 bits, per row", 1.5),
-            (f"{systems.W6A6} @ 6 of codes", w6a6),
-        ]  # fmt: skip
-        rows = [row(verdicts, name, "claim", 3.0, 1.0, rise=rise) for name, rise in made]
-        seen = outcomes(judge(verdicts, *rows))
-        return [passed for target, (_, passed) in seen.items() if target.split()[0] in ("SKIM", "CMPQ", "CLAQ", "BFP")]
-
-    # The gap of k-means is e - 1 = 1.718 times the source's perplexity; 84 % of it leave 1 + 1.443 times.
-    assert claims(np.log(2.44), 2 + np.log(0.69), 1.4, np.log(1.019)) == [True] * 4
-    assert claims(np.log(2.45), 2 + np.log(0.71), 1.6, np.log(1.021)) == [False] * 4
-
-
-def test_seconds_are_those_from_scratch(verdicts: Any, systems: Any) -> None:
-    def seconds(*rows: Any) -> tuple[str, bool]:
-        return outcomes(judge(verdicts, *rows))["skim in under 60 s beyond the calibration"]
-
-    def skim(seconds: float, fresh: bool) -> Any:
-        return row(verdicts, "skim @ 3", "method", 3, 1, label="skim", seconds=seconds, fresh=fresh)
-
-    assert seconds(skim(70, False), skim(50, True)) == ("holds", True)
-    assert seconds(skim(50, False), skim(70, True)) == ("does not hold", False)
-    assert seconds(skim(50, False)) == ("not measured", False)
-
-
-def test_an_encoder_has_distances_alone(verdicts: Any) -> None:
-    def encoded(name: str, role: str, distance: float) -> Any:
-        nothing = np.zeros((WINDOWS, 0))
-        lost = verdicts.Lost(nothing, np.full((WINDOWS, 1), distance), nothing.astype(np.bool_))
-        return verdicts.Row(name, role, name, 3.0, 1.0, 1, True, lost)
-
-    source = encoded("source", "peer", 0.0).lost
-    found = verdicts.Judge([encoded("ours", "method", 0.01), encoded("peer", "peer", 0.02)], source)
-    assert outcomes(found) == {
-        "distance below peer at 3.000 bits": ("better", True),
-        "at 3.3 bits at most .6 of the KL of GPTQ, 3 bits, group 64": ("not measured", False),
-    }

@@ -67,11 +67,6 @@ class Reference:
         """Nothing is opened."""
         self._folder = folder
 
-    @property
-    def exists(self) -> bool:
-        """Whether the source was run to its end; its last file says so."""
-        return (self._folder / "normalizers.npy").is_file()
-
     def cut(self, checkpoint: Checkpoint, text: Path, windows: int, window: int, seed: int) -> texts.Windows:
         """The windows of a text that are measured on.
 

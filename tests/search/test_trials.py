@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from anyquant import ir, searching
-from anyquant.search import SearchResult
+from anyquant import ir
+from anyquant.search import trials
+from anyquant.search.tpe import SearchResult
 
 pytest.importorskip("optuna")
 
@@ -25,13 +26,13 @@ def test_trials_are_within_the_target_and_kept(
     invoke: Invoke, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[SearchResult] = []
-    search = searching.tpe_search
+    search = trials.tpe_search
 
     def watched(*arguments: Any, **options: Any) -> SearchResult:
         found.append(search(*arguments, **options))
         return found[-1]
 
-    monkeypatch.setattr(searching, "tpe_search", watched)
+    monkeypatch.setattr(trials, "tpe_search", watched)
     arguments = [*LITTLE, "--bits", 4.6, *TPE, "--work-dir", tmp_path / "work", "--json"]
     planned: Any = invoke("plan", tiny_llama, *arguments).data
     (result,) = found

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from anyquant.errors import MissingDependency
-from anyquant.search import SearchResult, tpe_search
+from anyquant.search.tpe import SearchResult, tpe_search
 
 if importlib.util.find_spec("optuna") is None:
     pytest.skip("optuna is not installed", allow_module_level=True)

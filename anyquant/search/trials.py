@@ -1,7 +1,7 @@
 """Bits per matrix by search: what a whole model loses on a text, tried out, instead of a sum of errors.
 
-Source: the mixed-precision search of arXiv 2310.05079, section 3.3, with its TPE (:mod:`anyquant.search`). Tried are
-levels next to those of the greedy allocation; what counts is the mean KL to the source on the calibration's tokens.
+Source: the mixed-precision search of arXiv 2310.05079, section 3.3, with its TPE (:mod:`anyquant.search.tpe`). Tried
+are levels next to those of the greedy allocation; what counts is the mean KL to the source on the calibration's tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from anyquant.errors import MissingDependency, UsageError
 from anyquant.forms import Forms
 from anyquant.job import Job
 from anyquant.measuring import naming, statistics_of
-from anyquant.search import tpe_search
+from anyquant.search.tpe import tpe_search
 from anyquant.workfolder import WorkFolder
 
 _TOKENS = 2048  # of the calibration, that every trial is run on
