@@ -1,25 +1,33 @@
-"""Comparing two sets of logits, window by window: sums in float64, rows in chunks.
+"""Comparing two sets of logits, window by window: sums in float64, rows in chunks, on all cores.
 
 All logarithms are natural: losses and divergences are in nats.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.validation.results import TopDifference
+from anyquant.workers import in_order
 
 Floats = NDArray[np.float64]
-_CHUNK = 1 << 21
-"""Logits held in float64 at a time: 16 MiB."""
+_CHUNK = 1 << 16
+"""Logits held in float64 at a time by each thread: 512 KiB."""
+
+T = TypeVar("T")
 
 
-def _chunks(logits: NDArray[np.float32]) -> list[slice]:
+def _over_rows(function: Callable[[slice], T], logits: NDArray[np.float32]) -> Iterator[T]:
+    """The function's results for each chunk of rows, in order."""
     rows = max(1, _CHUNK // max(1, logits.shape[1]))
-    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
+    chunks = [(slice(start, start + rows),) for start in range(0, logits.shape[0], rows)]
+    return in_order(function, chunks, len(os.sched_getaffinity(0)))
 
 
 def log_normalizers(logits: NDArray[np.float32]) -> Floats:
@@ -31,13 +39,15 @@ def log_normalizers(logits: NDArray[np.float32]) -> Floats:
     Returns:
         [n] float64; NaN for a row that holds NaN or +Inf.
     """
-    result = np.empty(logits.shape[0])
-    for rows in _chunks(logits):
+
+    def of(rows: slice) -> Floats:
         values = logits[rows].astype(np.float64)
         top = values.max(axis=1)
         with np.errstate(invalid="ignore"):
-            result[rows] = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
-    return result
+            found: Floats = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
+        return found
+
+    return np.concatenate([np.empty(0), *_over_rows(of, logits)])
 
 
 def token_losses(logits: NDArray[np.float32], ids: NDArray[np.int64], normalizers: Floats | None = None) -> Floats:
@@ -104,19 +114,21 @@ def compare_logits(
         raise ValueError(f"logits of shape {reference.shape} cannot be compared with {candidate.shape}")
     lse_p = log_normalizers(reference) if reference_normalizers is None else reference_normalizers
     lse_q = log_normalizers(candidate) if candidate_normalizers is None else candidate_normalizers
-    kl = np.empty(reference.shape[0])
-    largest, scale, nonfinite = 0.0, 0.0, 0
-    with np.errstate(invalid="ignore", over="ignore"):
-        for rows in _chunks(reference):
+
+    def of(rows: slice) -> tuple[Floats, float, float, int]:
+        with np.errstate(invalid="ignore", over="ignore"):
             p, q = reference[rows].astype(np.float64), candidate[rows].astype(np.float64)
-            nonfinite += int(np.count_nonzero(~np.isfinite(q)))
-            scale = float(np.maximum(scale, np.abs(p).max()))
-            # np.maximum keeps a NaN, which must never look like a small difference.
-            largest = float(np.maximum(largest, np.abs(p - q).max()))
+            nonfinite = int(np.count_nonzero(~np.isfinite(q)))
+            scale, largest = np.abs(p).max(), np.abs(p - q).max()
             p -= lse_p[rows, None]
             q -= lse_q[rows, None]
             # float64 rounding can leave -1e-16 where the two are equal.
-            kl[rows] = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+            return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0), float(largest), float(scale), nonfinite
+
+    chunks = list(_over_rows(of, reference))
+    kl = np.concatenate([np.empty(0), *(chunk[0] for chunk in chunks)])
+    # np.max keeps a NaN, which must never look like a small difference.
+    largest, scale = (float(np.max([0.0, *(chunk[place] for chunk in chunks)])) for place in (1, 2))
     top_p, top_q = reference.argmax(axis=1), candidate.argmax(axis=1)
     differs = top_p != top_q
     differences = []
@@ -124,4 +136,4 @@ def compare_logits(
         a, b = int(top_p[position]), int(top_q[position])
         gap = float(reference[position, a]) - float(reference[position, b])
         differences.append(TopDifference(window, int(position), a, b, gap, gap < tie_tolerance))
-    return WindowComparison(kl, differs, tuple(differences), largest, scale, nonfinite)
+    return WindowComparison(kl, differs, tuple(differences), largest, scale, sum(chunk[3] for chunk in chunks))
