@@ -36,7 +36,7 @@ def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model)
     largest = max(4 * out * columns for out, columns in forms.shapes)
     # The weights and what they became; with statistics also the moment of the inputs, in FP64, and a product with it.
     held = 3 * largest
-    if job.needs_statistics:
+    if job.needs_statistics and job.calibration.importance != "norms":
         held += max(16 * columns**2 + 16 * out * columns for out, columns in forms.shapes)
     peak = _BASE + job.workers * (held + _WORKER)
     peak += max(entry.spec.nbytes for entry in model.entries.values())
@@ -45,12 +45,12 @@ def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model)
 
 
 def _calibration_memory(checkpoint: Checkpoint, job: Job) -> int:
-    """Sampling text from the model needs the model; statistics need a block of it and some copies of the states."""
+    """Sampling text from the model needs the model; statistics need a block of it, gradients copies of the states."""
     weights = sum(4 * prod(info.shape) for info in checkpoint.tensors.values())
     layers = max(1, _size(checkpoint, "num_hidden_layers", "n_layer"))
     hidden = _size(checkpoint, "hidden_size", "n_embd")
     tokens = job.calibration.windows * job.calibration.window
-    states = (5 if job.has_gradients else 2) * 4 * hidden * tokens
+    states = 5 * 4 * hidden * tokens if job.has_gradients else 0  # which are on disk
     embeddings = sum(4 * prod(checkpoint.tensors[name].shape) for name in checkpoint.embeddings())
     needed = embeddings + 3 * (weights - embeddings) // layers + states
     if job.calibration.source == "self":
@@ -76,7 +76,7 @@ def seconds(checkpoint: Checkpoint, job: Job, forms: Forms, stages: Collection[s
     rates = {columns: _row_seconds(forms, columns) for columns in rows}
     measuring, quantizing = (sum(count * rates[columns][i] for columns, count in rows.items()) for i in (0, 1))
     found = {"errors": measuring / job.workers, "quantizing": quantizing / job.workers}
-    if job.needs_statistics:  # what outputs lose, in FP64
+    if job.needs_statistics and job.calibration.importance != "norms":  # what outputs lose, in FP64
         found["quantizing"] += sum(8 * out * columns**2 for out, columns in forms.shapes) / _multiplications()
     if job.needs_statistics and "calibration" in stages:
         found["calibration"] = _calibration_seconds(checkpoint, job)
@@ -110,10 +110,12 @@ def _row_seconds(forms: Forms, columns: int) -> tuple[float, float]:
 def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
     settings, shapes = job.calibration, [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
     tokens = settings.windows * settings.window
-    learned = {"activation": 0, "gradient": min(tokens, LEARNED_TOKENS), "fisher": tokens}[settings.importance]
+    learned = {"gradient": min(tokens, LEARNED_TOKENS), "fisher": tokens}.get(settings.importance, 0)
     sampled = tokens if settings.source == "self" else 0
     forward = sum(2 * out * columns for out, columns in shapes)
     moments = sum(2 * columns**2 for _, columns in shapes) / 2  # q, k and v, or gate and up, share theirs
+    if settings.importance == "norms":
+        moments = 0
     work = (tokens + 4 * learned + _SAMPLING * sampled) * forward + tokens * moments
     return _REST * work / _multiplications()
 

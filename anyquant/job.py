@@ -7,6 +7,7 @@ from typing import Any
 
 from anyquant import __version__
 from anyquant.calibration import CalibrationSettings
+from anyquant.calibration.settings import GRADIENT_FREE
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import UsageError
 from anyquant.methods import get_method
@@ -93,6 +94,13 @@ class Job:
         if self.search not in SEARCHES or self.trials < 1:
             raise UsageError(f"--search is {self.search!r} with {self.trials} trials, must be greedy or tpe with some.")
         self.calibration.check()
+        if self.needs_statistics and self.calibration.importance == "norms":
+            wanting = "--refine" if self.refine else get_method(self.method).wants_moments(self.settings)
+            if wanting:
+                raise UsageError(
+                    f"--importance norms records the mean square of each input alone, and {wanting} needs how inputs "
+                    "go together: take --importance activation or gradient."
+                )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,7 +114,7 @@ class Job:
     @property
     def scope(self) -> str:
         """The allocation that was asked for, or the one that suits the importance."""
-        activations = self.needs_statistics and self.calibration.importance == "activation"
+        activations = self.needs_statistics and not self.has_gradients
         default = get_method(self.method).defaults(self.settings).allocation
         return self.allocation or default or ("matrix" if activations else "model")
 
@@ -118,7 +126,7 @@ class Job:
     @property
     def has_gradients(self) -> bool:
         """Whether gradients weight the errors, so that their sum is a rise of the loss in nats."""
-        return self.needs_statistics and self.calibration.importance != "activation"
+        return self.needs_statistics and self.calibration.importance not in GRADIENT_FREE
 
     def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """All that statistics and measured errors depend on, as JSON: what a work folder belongs to."""

@@ -117,9 +117,9 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
             click.option("--calib-window", type=int, default=256, show_default=True, help="Tokens per window."),
             click.option(
                 "--importance",
-                type=click.Choice(["gradient", "activation", "fisher"]),
-                help="What weights errors: gradients of rows and inputs, inputs alone, or gradients of each weight.  "
-                "[gradient, or what the method wants]",
+                type=click.Choice(["gradient", "norms", "activation", "fisher"]),
+                help="What weights errors: gradients of rows and inputs, inputs alone (norms takes least memory), or "
+                "gradients of each weight.  [gradient, or what the method wants]",
             ),
             click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn by chance."),
             click.option(
@@ -189,6 +189,8 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
     if rest["search"] == "greedy":
         refuse_unread(["trials"], "has no meaning without --search tpe.")
     importance = rest["importance"] or chosen.defaults(settings).importance
+    if rest["refine"] and not rest["importance"] and importance == "norms":
+        importance = "activation"
     workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
     target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
     if not rest["refine"]:

@@ -184,9 +184,10 @@ def measure_loss(weight: NDArray[np.float32], tensor: ir.Tensor, statistics: Mat
 
     Returns:
         Relative squared error of the weights, sum (w - q)**2 / sum w**2; and with statistics of the outputs,
-        sum E[((w - q) x)**2] / sum E[(w x)**2] over the inputs x of the calibration. 0 for a matrix of zeros.
+        sum E[((w - q) x)**2] / sum E[(w x)**2] over the inputs x of the calibration, if more than their norms is
+        known. 0 for a matrix of zeros.
     """
-    moment = statistics.full().astype(np.float64) if statistics else None
+    moment = statistics.full().astype(np.float64) if statistics and statistics.has_moment else None
     lost, whole = np.zeros(2), np.zeros(2)
     for rows in ir.row_chunks(tensor.spec.shape):
         part = weight[rows].astype(np.float64)

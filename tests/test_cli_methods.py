@@ -65,7 +65,7 @@ def test_what_plan_promises_is_written(invoke: Invoke, tiny_llama: Path, tmp_pat
 
 @pytest.mark.parametrize("method", CODEBOOKS)
 def test_refined_is_better_in_the_same_bytes(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
-    work = ["--work-dir", tmp_path / "work"]
+    work = ["--work-dir", tmp_path / "work", *(["--importance", "activation"] if method == "cmpq" else [])]
     plain = quantize(invoke, tiny_llama, tmp_path / "plain", method, *work)
     refined = quantize(invoke, tiny_llama, tmp_path / "refined", method, "--refine", *work)
     assert refined["bits"] == plain["bits"]
@@ -82,6 +82,37 @@ def test_refined_is_better_in_the_same_bytes(invoke: Invoke, tiny_llama: Path, t
             for model in (before, after)
         ]
         assert lost[1] < lost[0]
+
+
+def test_cmpq_records_norms_alone_unless_it_is_refined(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    for name, more, recorded in (("plain", [], "norms"), ("refined", ["--refine"], "activation")):
+        quantize(invoke, tiny_llama, tmp_path / name, "cmpq", *more)
+        made = ir.open_ir(tmp_path / name)
+        assert made.calibration is not None
+        assert made.calibration["importance"] == recorded
+        lost = [entry.output_error for entry in made.entries.values() if entry.quantized]
+        assert lost
+        assert all((error is None) == (recorded == "norms") for error in lost)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "named"),
+    [
+        ("cmpq", ["--refine"], "--refine"),
+        ("claq", [], "claq"),
+        ("affine", [], "--set feedback=yes"),
+        ("skim", ["--set", "objective=full"], "--set objective=full"),
+        ("skim", ["--set", "scale=closed"], "--set scale=closed"),
+    ],
+)
+def test_what_norms_do_not_suffice_for(
+    invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str, more: list[str], named: str
+) -> None:
+    arguments = ["--method", method, "--bits", BITS[method], "--importance", "norms", *more]
+    result = invoke("quantize", tiny_llama, "-o", tmp_path / "out", *arguments)
+    assert result.code == 2
+    assert f"--importance norms records the mean square of each input alone, and {named} needs" in result.err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["block", "affine", "ggml"])

@@ -15,7 +15,6 @@ from anyquant.calibration.batches import BatchedCall, first
 from anyquant.calibration.blocks import Parts
 from anyquant.calibration.capture import Product
 from anyquant.calibration.gradients import GradientSums
-from anyquant.calibration.moments import MomentSums
 from anyquant.calibration.passes import ForwardPass
 from anyquant.calibration.settings import LEARNED_TOKENS
 
@@ -66,7 +65,7 @@ class FisherPass(ForwardPass):
             return
         outside = self.model.outside
         wanted = self.wanted_in(outside)
-        moments, gradients = MomentSums(wanted), self._sums(wanted)
+        moments, gradients = self.moment_sums(wanted), self._sums(wanted)
 
         def both(*product: Any) -> None:
             moments.product(*product)

@@ -9,12 +9,16 @@ import torch
 
 TOKENS = 1024
 """That go through a block at once: enough for fast products, few enough to hold all they leave behind."""
+FEW_TOKENS = 256
+"""The same where memory counts for more."""
 
 
 class BatchedCall:
     """What a model passes to one of its blocks for all windows, and how to call the block for some of them."""
 
-    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, few: bool = False
+    ) -> None:
         """Take over the arguments of a block but the hidden states, which are the first or ``hidden_states``."""
         self._forward, self._positional = forward, bool(args)
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -23,7 +27,8 @@ class BatchedCall:
         self._kwargs = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
         # Arguments laid out in another way than [windows or 1, ...] cannot be divided.
         self._divisible = _divisible([self._args, self._kwargs], self._windows)
-        self._step = max(1, TOKENS // hidden.shape[1]) if self._divisible else self._windows
+        tokens = min(TOKENS, FEW_TOKENS) if few else TOKENS
+        self._step = max(1, tokens // hidden.shape[1]) if self._divisible else self._windows
 
     @staticmethod
     def hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +87,9 @@ class CalibrationFolder:
         """Store the moments of a section."""
         arrays: dict[str, np.ndarray] = {}
         for number, moment in enumerate(moments):
-            arrays |= {f"{number}.diagonal": moment.diagonal, f"{number}.moment": moment.triangle}
+            arrays[f"{number}.diagonal"] = moment.diagonal
+            if moment.triangle is not None:
+                arrays[f"{number}.moment"] = moment.triangle
         inputs = [{"names": list(moment.names), "tokens": moment.tokens} for moment in moments]
         self._arrays(moments_file(section), arrays, {"inputs": json.dumps(inputs)})
 
@@ -96,6 +100,18 @@ class CalibrationFolder:
     def save_gradients(self, section: int, gradients: dict[str, Floats]) -> None:
         """Store what :meth:`anyquant.calibration.gradients.GradientSums.result` gives for a section."""
         self._arrays(gradients_file(section), gradients, None)
+
+    def scratch(self, shape: tuple[int, ...]) -> Floats:
+        """An array float32 in a file without a name, which is gone with the array.
+
+        Raises:
+            MachineError: the disk has no room for it.
+        """
+        with _guarded(self.folder / "hidden states"), tempfile.TemporaryFile(dir=self.folder) as file:
+            # A page for which there is no room later would end the process.
+            os.posix_fallocate(file.fileno(), 0, max(1, 4 * math.prod(shape)))
+            array: Floats = np.memmap(file, np.float32, "r+", shape=shape)
+        return array
 
     def save_states(self, block: int, states: Floats) -> None:
         """Put hidden states aside, for the way back; they do not outlive this object's process."""

@@ -16,27 +16,37 @@ _ROWS = 256
 
 
 class Square:
-    """The sum of x x^T over tokens: its upper triangle in FP32, its diagonal in FP64."""
+    """The sum of x x^T over tokens: its upper triangle in FP32, its diagonal in FP64.
 
-    def __init__(self, columns: int) -> None:
+    Attributes:
+        full: float32 [in, in], right of the diagonal; None where the diagonal is all that is wanted.
+    """
+
+    def __init__(self, columns: int, *, diagonal_alone: bool = False) -> None:
         """Begin with 0 tokens."""
         self.tokens = 0
-        self.full = torch.zeros(columns, columns)
+        self.full = None if diagonal_alone else torch.zeros(columns, columns)
         self.diagonal = torch.zeros(columns, dtype=torch.float64)
 
     def add(self, x: torch.Tensor) -> None:
         """Add tokens, FP32 [tokens, in]."""
         self.tokens += len(x)
         self.diagonal += x.square().sum(dim=0, dtype=torch.float64)
-        for row in range(0, x.shape[1], _ROWS):
-            self.full[row : row + _ROWS, row:].addmm_(x[:, row : row + _ROWS].T, x[:, row:])
+        if self.full is not None:
+            for row in range(0, x.shape[1], _ROWS):
+                self.full[row : row + _ROWS, row:].addmm_(x[:, row : row + _ROWS].T, x[:, row:])
 
     def triangle(self, tokens: int) -> Floats:
         """The upper triangle of the mean over so many tokens, row by row, float32 [in * (in + 1) / 2]."""
-        full = self.full / tokens
-        full.diagonal().copy_(self.diagonal / tokens)  # of which more digits are right
-        square = full.numpy()
-        return np.concatenate([square[row, row:] for row in range(len(square))])
+        assert self.full is not None
+        square, diagonal = self.full.numpy(), (self.diagonal / tokens).numpy()
+        n = len(square)
+        result, at = np.empty(n * (n + 1) // 2, np.float32), 0
+        for row in range(n):
+            np.divide(square[row, row:], np.float32(tokens), out=result[at : at + n - row])
+            result[at] = diagonal[row]  # of which more digits are right
+            at += n - row
+        return result
 
 
 class MomentSums:
@@ -47,9 +57,9 @@ class MomentSums:
     up in the order of the calls; the diagonal is summed in FP64.
     """
 
-    def __init__(self, wanted: set[str]) -> None:
-        """Record these matrices and pass over all others."""
-        self._wanted = wanted
+    def __init__(self, wanted: set[str], *, diagonals_alone: bool = False) -> None:
+        """Record these matrices and pass over all others; of their moments all, or the diagonals."""
+        self._wanted, self._diagonals_alone = wanted, diagonals_alone
         self._waiting: list[tuple[torch.Tensor, int, list[str]]] = []
         self._sums: dict[tuple[str, ...], Square] = {}
 
@@ -77,7 +87,7 @@ class MomentSums:
             key = tuple(dict.fromkeys(names))
             columns = x.shape[-1]
             if key not in self._sums:
-                self._sums[key] = Square(columns)
+                self._sums[key] = Square(columns, diagonal_alone=self._diagonals_alone)
             self._sums[key].add(x.reshape(-1, columns))
         self._waiting.clear()
 
@@ -93,6 +103,16 @@ class MomentSums:
             sharing[tuple(keys)].append(name)
         return [_mean(names, [self._sums[key] for key in keys]) for keys, names in sharing.items()]
 
+    def one_hot(self, name: str, tokens: int, columns: int) -> Moment:
+        """The moment of an embedding that is no output head: each row counts alike, and within it each column.
+
+        The true input of an embedding is one-hot over its rows, so that no column matters more than another.
+        """
+        identity = Square(columns, diagonal_alone=self._diagonals_alone)
+        identity.tokens = tokens
+        identity.diagonal += tokens
+        return _mean([name], [identity])
+
 
 def _same(x: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether both are the same memory, maybe in another shape: [windows, n, in] or [windows * n, in]."""
@@ -104,21 +124,14 @@ def _same(x: torch.Tensor, other: torch.Tensor) -> bool:
 def _mean(names: list[str], sums: list[Square]) -> Moment:
     total = sums[0] if len(sums) == 1 else _together(sums)
     diagonal = (total.diagonal / total.tokens).numpy().astype(np.float32)
-    return Moment(tuple(names), total.tokens, diagonal, total.triangle(total.tokens))
+    return Moment(tuple(names), total.tokens, diagonal, None if total.full is None else total.triangle(total.tokens))
 
 
 def _together(sums: list[Square]) -> Square:
-    total = Square(len(sums[0].diagonal))
-    total.tokens = sum(each.tokens for each in sums)
-    total.full = torch.stack([each.full for each in sums]).sum(dim=0)
-    total.diagonal = torch.stack([each.diagonal for each in sums]).sum(dim=0)
+    total = Square(len(sums[0].diagonal), diagonal_alone=sums[0].full is None)
+    for each in sums:
+        total.tokens += each.tokens
+        total.diagonal += each.diagonal
+        if total.full is not None and each.full is not None:
+            total.full += each.full
     return total
-
-
-def one_hot(name: str, tokens: int, columns: int) -> Moment:
-    """The moment of an embedding that is no output head: each row counts alike, and within it each column.
-
-    The true input of an embedding is one-hot over its rows, so that no column matters more than another.
-    """
-    identity = np.concatenate([np.eye(1, columns - row, dtype=np.float32)[0] for row in range(columns)])
-    return Moment((name,), tokens, np.ones(columns, np.float32), identity)

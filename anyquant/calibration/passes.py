@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from anyquant.calibration.batches import BatchedCall, first
 from anyquant.calibration.blocks import Parts, StreamedModel
 from anyquant.calibration.capture import Capture, Product, Reading
 from anyquant.calibration.folder import CalibrationFolder
-from anyquant.calibration.moments import MomentSums, one_hot
+from anyquant.calibration.moments import MomentSums
 from anyquant.calibration.store import Moment
 from anyquant.errors import InputError
 from anyquant.ir import Progress
@@ -22,11 +22,15 @@ BlockPass = Callable[[int, BatchedCall, torch.Tensor], Any]
 """(number of the block, its call, hidden states of all windows) -> what the block returns."""
 
 
+class Finished(Exception):
+    """All is known that is wanted: the rest of the model need not be computed."""
+
+
 class StreamedPass:
     """What every pass shares: the way of all windows through the blocks, and who is told of which product.
 
-    All windows go through a block before the next one is loaded, so the hidden states of all tokens are in memory
-    (twice), with one block, its moments, and what a few thousand tokens leave behind in it.
+    All windows go through a block before the next one is loaded, so the hidden states of all tokens are kept (twice),
+    with one block, its moments, and what a thousand tokens leave behind in it.
     """
 
     overflow = (
@@ -34,6 +38,8 @@ class StreamedPass:
         "belongs to another model."
     )
     """What it means that activations are not finite, and what to do."""
+    few = False
+    """Whether batches are to take as little memory as they can."""
 
     def __init__(self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], progress: Progress) -> None:
         """Prepare.
@@ -73,7 +79,7 @@ class StreamedPass:
         """
 
         def call(number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return block(number, BatchedCall(forward, args, kwargs), BatchedCall.hidden(args, kwargs))
+            return block(number, BatchedCall(forward, args, kwargs, few=self.few), BatchedCall.hidden(args, kwargs))
 
         with self.model.calls(call), self.recording(parts, product), self.capture:
             return self.model.base(input_ids=self.ids, use_cache=False)
@@ -95,7 +101,7 @@ class StreamedPass:
         Raises:
             InputError: it is not finite.
         """
-        states, result = torch.empty_like(hidden), None
+        states, result = self.empty(hidden.shape), None
         for windows in call.batches():
             result = call(hidden[windows], windows)
             states[windows] = first(result)
@@ -103,19 +109,24 @@ class StreamedPass:
         self.require_finite(states, f"the output of block {number}")
         return (states, *result[1:]) if isinstance(result, tuple) else states
 
+    def empty(self, shape: Sequence[int]) -> torch.Tensor:
+        """Where the hidden states of all tokens are kept, float32."""
+        return torch.empty(*shape)
+
     def require_finite(self, states: torch.Tensor, what: str) -> None:
         """Refuse NaN and infinity.
 
         Raises:
             InputError: says where the first one is, and how many there are.
         """
+        if all(window.isfinite().all() for window in states):
+            return
         bad = ~states.isfinite()
-        if bad.any():
-            window, position = bad.any(dim=-1).nonzero()[0].tolist()
-            raise InputError(
-                f"{self.model.name}: {what} holds {int(bad.sum()):,} values of {bad.numel():,} that are NaN or "
-                f"infinite, the first in window {window} at token {position}. {self.overflow}"
-            )
+        window, position = bad.any(dim=-1).nonzero()[0].tolist()
+        raise InputError(
+            f"{self.model.name}: {what} holds {int(bad.sum()):,} values of {bad.numel():,} that are NaN or "
+            f"infinite, the first in window {window} at token {position}. {self.overflow}"
+        )
 
     def outside_moments(self, sums: MomentSums, output: Any) -> list[Moment]:
         """The moments of what lies in no block, the output head among them.
@@ -139,7 +150,8 @@ class StreamedPass:
             sums.flush()
         moments = sums.result()
         if model.embedding in names and model.embedding != model.head:
-            moments.append(one_hot(str(model.embedding), self.ids.numel(), output.last_hidden_state.shape[-1]))
+            columns = output.last_hidden_state.shape[-1]
+            moments.append(sums.one_hot(str(model.embedding), self.ids.numel(), columns))
         return moments
 
     def logits(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -159,14 +171,22 @@ class StreamedPass:
 
 
 class ForwardPass(StreamedPass):
-    """Records the moments of some matrices of a model on some tokens."""
+    """Records the moments of some matrices of a model on some tokens; hidden states are kept on disk."""
 
     def __init__(
-        self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], folder: CalibrationFolder, progress: Progress
+        self,
+        model: StreamedModel,
+        ids: torch.Tensor,
+        wanted: set[str],
+        folder: CalibrationFolder,
+        progress: Progress,
+        *,
+        diagonals_alone: bool = False,
     ) -> None:
         """As any pass; ``folder`` gets the moments section by section, and what it holds is not computed again."""
         super().__init__(model, ids, wanted, progress)
-        self.folder = folder
+        self.folder, self._diagonals_alone = folder, diagonals_alone
+        self.few = diagonals_alone
 
     def run(self) -> None:
         """Go through the model and store the moments of every section.
@@ -179,12 +199,47 @@ class ForwardPass(StreamedPass):
         if self.complete(self.folder.has_moments):
             return
         outside = self.model.outside
-        sums = MomentSums(self.wanted_in(outside))
+        sums = self.moment_sums(self.wanted_in(outside))
         parts = self.model.load(outside, head=False)
-        with torch.no_grad():
-            output = self.through_blocks(parts, sums.product, self.block)
+        with torch.no_grad(), suppress(Finished):
+            output = self.through_blocks(parts, sums.product, self._only_block)
             self.finish_outside(sums, output)
         self.model.free(outside)
+
+    def moment_sums(self, wanted: set[str]) -> MomentSums:
+        """Sums of what this pass records of inputs."""
+        return MomentSums(wanted, diagonals_alone=self._diagonals_alone)
+
+    def empty(self, shape: Sequence[int]) -> torch.Tensor:
+        """On disk, from where the system fetches what it has room for.
+
+        Raises:
+            MachineError: the disk is full.
+        """
+        return torch.from_numpy(self.folder.scratch(tuple(shape)))
+
+    def through_blocks(self, parts: Parts, product: Product, block: BlockPass) -> Any:
+        """As any pass; the states before the first block are made a few windows at a time, too."""
+        embedding = self.model.model.get_input_embeddings()
+        embed: Callable[[torch.Tensor], torch.Tensor] = embedding.forward
+
+        def embed_in_batches(ids: torch.Tensor) -> torch.Tensor:
+            if ids.shape != self.ids.shape:
+                return embed(ids)
+            states = self.empty((*ids.shape, embedding.embedding_dim))
+            for window, state in zip(ids, states, strict=True):
+                state.copy_(embed(window[None])[0])
+            return states
+
+        with _replaced(embedding, embed_in_batches):
+            return super().through_blocks(parts, product, block)
+
+    def _only_block(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
+        """As :meth:`block`, where nobody wants to know more than what is recorded."""
+        output = self.block(number, call, hidden)
+        if number == self.model.outside - 1 and not self.wanted_in(self.model.outside):
+            raise Finished
+        return output
 
     def complete(self, has: Callable[[int], bool]) -> bool:
         """Whether every section that something is wanted of is stored."""
@@ -197,7 +252,7 @@ class ForwardPass(StreamedPass):
             InputError: what comes out is not finite.
         """
         done = self.folder.has_moments(number)
-        sums = MomentSums(set() if done else self.wanted_in(number))
+        sums = self.moment_sums(set() if done else self.wanted_in(number))
         parts = self.model.load(number)
         with self.recording(parts, sums.product):
             output = self.through_block(number, call, hidden, sums.flush)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyquant.calibration.folder import CalibrationFolder
-from anyquant.calibration.settings import CalibrationSettings
+from anyquant.calibration.settings import GRADIENT_FREE, CalibrationSettings
 from anyquant.calibration.store import Statistics, open_statistics
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, UsageError
@@ -103,8 +103,8 @@ def _run(
             "rows. The tokenizer files belong to another model."
         )
     arguments = (model, torch.from_numpy(ids), set(names), work, progress)
-    if settings.importance == "activation":
-        ForwardPass(*arguments).run()
+    if settings.importance in GRADIENT_FREE:
+        ForwardPass(*arguments, diagonals_alone=settings.importance == "norms").run()
     else:
         FisherPass(*arguments, rows_alone=settings.importance == "gradient", row_groups=settings.row_groups).run()
 

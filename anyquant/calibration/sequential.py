@@ -30,7 +30,7 @@ from anyquant.calibration.batches import BatchedCall
 from anyquant.calibration.blocks import Parts, StreamedModel
 from anyquant.calibration.capture import Reading
 from anyquant.calibration.moments import MomentSums
-from anyquant.calibration.passes import StreamedPass
+from anyquant.calibration.passes import Finished, StreamedPass
 from anyquant.calibration.run import torch_threads
 from anyquant.calibration.store import Floats, MatrixStatistics, Moment, Statistics
 from anyquant.checkpoint import Checkpoint
@@ -104,10 +104,6 @@ class _Recorded(Exception):
     """A group has seen all its inputs of a batch: the rest of the block need not be computed."""
 
 
-class _Finished(Exception):
-    """Every matrix is quantized: the rest of the model need not be computed."""
-
-
 class _SequentialPass(StreamedPass):
     """Goes through the model and puts quantized weights in the place of its own."""
 
@@ -133,13 +129,13 @@ class _SequentialPass(StreamedPass):
         """Go through the model."""
         model = self.model
         parts = model.load(model.outside, head=False)
-        with torch.no_grad(), suppress(_Finished):
+        with torch.no_grad(), suppress(Finished):
             self._finish_early()
             if model.embedding in self._left and model.embedding != model.head:
                 name = str(model.embedding)
                 self._settle([name], parts, partial(self._known, [name], []))
                 self._finish_early()
-            sums = MomentSums(self.wanted_in(model.outside))
+            sums = self._sums(self.wanted_in(model.outside))
             output = self.through_blocks(parts, sums.product, self._block)
             last = list(self._left)
             self._settle(last, [], lambda: self._known(last, self.outside_moments(sums, output)))
@@ -159,7 +155,7 @@ class _SequentialPass(StreamedPass):
 
     def _finish_early(self) -> None:
         if not self._left:
-            raise _Finished
+            raise Finished
 
     def _settle(self, names: list[str], parts: Parts, known: Callable[[], dict[str, MatrixStatistics | None]]) -> None:
         """Have a group quantized, unless it is, and put the weights that come back among those that are loaded.
@@ -191,7 +187,7 @@ class _SequentialPass(StreamedPass):
         self, parts: Parts, names: list[str], call: BatchedCall, hidden: torch.Tensor
     ) -> dict[str, MatrixStatistics | None]:
         """What is known of a group of a block's matrices, with the moments of what they see now."""
-        sums = MomentSums(set(names))
+        sums = self._sums(set(names))
         every = self.ids.numel()
         # Matrices that saw each token once have seen all of a batch when they were called once.
         seen = [self._statistics.matrix(name) for name in names]
@@ -211,6 +207,9 @@ class _SequentialPass(StreamedPass):
                     call(hidden[windows], windows)
                 sums.flush()
         return self._known(names, sums.result())
+
+    def _sums(self, wanted: set[str]) -> MomentSums:
+        return MomentSums(wanted, diagonals_alone=self._statistics.norms_alone)
 
     def _known(self, names: list[str], moments: list[Moment]) -> dict[str, MatrixStatistics | None]:
         """What is known of some matrices; of those that nothing was recorded of, what the calibration saw."""

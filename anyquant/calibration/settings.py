@@ -11,8 +11,10 @@ from typing import Any
 from anyquant.errors import InputError, UsageError
 
 SELF = "self"
-IMPORTANCE = ("gradient", "activation", "fisher")
+IMPORTANCE = ("gradient", "norms", "activation", "fisher")
 """What is recorded; see CalibrationSettings."""
+GRADIENT_FREE = ("norms", "activation")
+"""Without gradients errors of different matrices do not compare."""
 LEARNED_TOKENS = 2048
 """Enough for a gradient of each row."""
 DOCUMENTS = 2
@@ -33,7 +35,8 @@ class CalibrationSettings:
         windows: at most this many windows of text.
         window: tokens in each, the leading one (BOS) among them if the tokenizer puts one.
         seed: of the sampling, or of the choice of windows.
-        importance: "activation" records second moments of the inputs x; "gradient" also those of the gradients g of
+        importance: "norms" records the mean squares of the inputs x, E[x_j^2]; "activation" all their second moments,
+            E[x x^T]; "gradient" also those of the gradients g of
             the loss at each output, E[g_i^2], on the first few windows; "fisher" E[g_i^2 x_j^2] for each weight.
         row_groups: of neighbouring rows, for each of which E[g^2 x x^T] is recorded as well, with g^2 the mean over the
             group; 0 for none. It takes gradients of all windows.
@@ -58,10 +61,10 @@ class CalibrationSettings:
                 raise UsageError(f"the calibration's {name} is {value}; it must be at least {least}")
         if self.importance not in IMPORTANCE:
             raise UsageError(f"--importance is {self.importance!r}; it is one of {', '.join(IMPORTANCE)}")
-        if self.row_groups and self.importance == "activation":
+        if self.row_groups and self.importance in GRADIENT_FREE:
             raise UsageError(
-                "--row-groups weights tokens by gradients, and --importance activation records none: add --importance "
-                "gradient (cmpq has activation unless told otherwise)."
+                f"--row-groups weights tokens by gradients, and --importance {self.importance} records none: add "
+                "--importance gradient (cmpq goes without unless told otherwise)."
             )
 
     @property

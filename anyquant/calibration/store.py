@@ -2,8 +2,9 @@
 
     about.json                  identity, versions, threads; once complete also notes, fingerprint and index
     tokens.safetensors          ids: uint32 [windows, window]
-    moments-0000.safetensors    of each block, for each distinct input k: "k.diagonal" F32 [in] and "k.moment",
-                                the upper triangle of the mean of x x^T row by row, F32 [in * (in + 1) / 2]
+    moments-0000.safetensors    of each block, for each distinct input k: "k.diagonal" F32 [in] and, unless only norms
+                                were recorded, "k.moment", the upper triangle of the mean of x x^T row by row,
+                                F32 [in * (in + 1) / 2]
     gradients-0000.safetensors  of each block, under the names of its matrices: F32 [out, in] (fisher) or [out]; and
                                 name + ".guided", F32 [groups, in * (in + 1) / 2], where groups were asked for
 
@@ -55,13 +56,14 @@ class Moment:
         names: the matrices that read it.
         tokens: seen.
         diagonal: float32 [in], mean of x_j^2.
-        triangle: float32 [in * (in + 1) / 2], the upper triangle of the mean of x x^T, row by row.
+        triangle: float32 [in * (in + 1) / 2], the upper triangle of the mean of x x^T, row by row; None where the
+            diagonal is all that was recorded.
     """
 
     names: tuple[str, ...]
     tokens: int
     diagonal: Floats
-    triangle: Floats
+    triangle: Floats | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class MatrixStatistics:
 
     tokens: int
     diagonal: Floats
-    _moment: tuple[Path, str] | Floats = field(repr=False)
+    _moment: tuple[Path, str] | Floats | None = field(repr=False)
     _gradient: tuple[Path, str] | Floats | None = field(default=None, repr=False)
 
     @classmethod
@@ -91,13 +93,23 @@ class MatrixStatistics:
         triangle = np.concatenate([full[row, row:] for row in range(len(full))])
         return cls(tokens, np.diag(full).copy(), triangle, gradients)
 
+    @property
+    def has_moment(self) -> bool:
+        """Whether there is more than the diagonal."""
+        return self._moment is not None
+
     def full(self) -> Floats:
         """Mean over the tokens of x x^T, float32 [in, in], symmetric; made anew, or read, at every call.
 
         Raises:
             CorruptFileError: the file was damaged.
-            InputError: the file is gone.
+            InputError: the file is gone, or the calibration recorded norms alone.
         """
+        if self._moment is None:
+            raise InputError(
+                "the calibration recorded the norms of inputs, not how they go together; calibrate with --importance "
+                "activation or gradient"
+            )
         triangle = read_array(*self._moment) if isinstance(self._moment, tuple) else self._moment
         where = ": ".join(map(str, self._moment)) if isinstance(self._moment, tuple) else "a moment"
         return _square(triangle, len(self.diagonal), where)
@@ -193,6 +205,11 @@ class Statistics:
         self._inputs = {name: entry for entry in self._index for name in entry["names"]}
         self._gradients: dict[str, str] = about["gradients"]
 
+    @property
+    def norms_alone(self) -> bool:
+        """Whether of all moments only the diagonals were recorded."""
+        return bool(self.identity.get("importance") == "norms")
+
     def has_gradient(self, name: str) -> bool:
         """Whether a gradient was recorded: not of an expert that saw no token, nor of an embedding that is no head."""
         return name in self._gradients
@@ -209,7 +226,8 @@ class Statistics:
             return None
         path, key = self._folder / entry["file"], entry["key"]
         diagonal = read_array(path, f"{key}.diagonal")
-        return MatrixStatistics(entry["tokens"], diagonal, (path, f"{key}.moment"), self._gradient(name))
+        moment = None if self.norms_alone else (path, f"{key}.moment")
+        return MatrixStatistics(entry["tokens"], diagonal, moment, self._gradient(name))
 
     def with_moment(self, name: str, moment: Moment) -> MatrixStatistics:
         """What is known of a matrix, but with another moment of its input, which stays in memory."""

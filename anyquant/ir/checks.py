@@ -1,6 +1,6 @@
 """The checks on a tensor's arrays: nothing that passes can make a reader fail, or mean two things.
 
-Large arrays are checked a few million weights at a time. Every message gives the array, the first bad index and
+Large arrays are checked a few rows at a time. Every message gives the array, the first bad index and
 how many there are.
 """
 

@@ -154,7 +154,7 @@ def digest(values: np.ndarray) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """:func:`digest` of the dequantized tensor, a few million weights in memory at a time."""
+    """:func:`digest` of the dequantized tensor, a few rows in memory at a time."""
     return _hash(dequantize(tensor, rows) for rows in row_chunks(tensor.spec.shape))
 
 

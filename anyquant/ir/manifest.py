@@ -29,7 +29,7 @@ class Entry:
         spec: kind, shape and parameters.
         sha256: digest of the dequantized FP32 values ("" in a plan).
         error: relative squared error against the source, sum (w - q)**2 / sum w**2; None where nothing was lost.
-        output_error: the same of the matrix' outputs, over the inputs of the calibration; None without one.
+        output_error: the same of the matrix' outputs, over the inputs of the calibration; None if unknown.
         quantized: whether a method chose its form (such tensors are what ``--bits`` counts).
         source_transposed: whether the checkpoint stores it [in, out].
     """
@@ -78,7 +78,8 @@ def _line(name: str, entry: Entry, calibrated: bool) -> str:
     fixed = _fixed_json(entry.spec, entry.quantized, entry.source_transposed)
     lost = f'"error": {_error_json(name, entry.error) if entry.quantized else "null"}'
     if calibrated and entry.quantized:
-        lost += f', "output_error": {_error_json(name, entry.output_error)}'
+        known = entry.output_error is not None
+        lost += f', "output_error": {_error_json(name, entry.output_error) if known else "null".ljust(12)}'
     return f'  {quoted(name)}: {fixed}, "sha256": "{entry.sha256 or _PLACEHOLDER_DIGEST}", {lost}}}'
 
 

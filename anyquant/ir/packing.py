@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Codes = NDArray[np.uint8]
 
-_CHUNK = 1 << 22  # elements packed, dequantized or checked at a time
+_CHUNK = 1 << 18  # elements packed, dequantized or checked at a time
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -35,7 +35,7 @@ def entry_offsets(bits: np.ndarray) -> NDArray[np.int64]:
 
 
 def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first axis, each of a few million weights, that cover a tensor of this shape."""
+    """Slices of the first axis, each of a quarter of a million weights or one row, that cover this shape."""
     if not shape:
         yield slice(None)
         return

@@ -87,6 +87,10 @@ class AffineMethod(Method):
         """For error feedback, and to search ranges."""
         return bool(settings["feedback"] or settings["clip"])
 
+    def wants_moments(self, settings: Settings) -> str:
+        """For error feedback."""
+        return "--set feedback=yes" if settings["feedback"] else ""
+
     def defaults(self, settings: Settings) -> JobDefaults:
         """Matrices share the budget of the model: none has parts that could share its own."""
         return JobDefaults(allocation="model")

@@ -104,8 +104,8 @@ class CmpqMethod(Method):
         return {**settings, "palette": resolve_palette(self.name, settings, bits, ("2,3", exact, "2,3,4"))}
 
     def defaults(self, settings: Settings) -> JobDefaults:
-        """Activations alone, by which matrices do not compare."""
-        return JobDefaults("activation", "matrix")
+        """Norms of activations alone, by which matrices do not compare."""
+        return JobDefaults("norms", "matrix")
 
     def levels(self, shape: tuple[int, int], settings: Settings) -> Levels:
         """Widths of the palette, as far as a channel takes less than in FP16."""

@@ -93,6 +93,10 @@ class Method(Protocol):
         """Whether ``errors`` and ``quantize`` want the statistics of a calibration."""
         return True
 
+    def wants_moments(self, settings: Settings) -> str:
+        """What with these settings needs E[x x^T] of the inputs and not just its diagonal, in words; "" for nothing."""
+        return ""
+
     def defaults(self, settings: Settings) -> JobDefaults:
         """What a job does with these settings unless it is told."""
         return JobDefaults()

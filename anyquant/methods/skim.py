@@ -83,6 +83,12 @@ class SkimMethod(Method):
         ),
     )
 
+    def wants_moments(self, settings: Settings) -> str:
+        """For L-full, and to learn a factor per column."""
+        if settings["objective"] == "full":
+            return "--set objective=full"
+        return f"--set scale={settings['scale']}" if settings["scale"] != "off" else ""
+
     def defaults(self, settings: Settings) -> JobDefaults:
         """The paper weights by S-diag, and has a budget for each matrix, since L-full does not compare across them."""
         return JobDefaults("fisher", "matrix") if settings["profile"] == "paper" else JobDefaults()

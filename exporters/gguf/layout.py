@@ -140,6 +140,8 @@ def _remedy(spec: ir.Spec, options: ExportOptions) -> str:
         return f"{fitting}, or quantize with --method block and its format bfp, which stock types hold exactly"
     if isinstance(spec, ir.BlockSpec) and spec.block == 16:
         return f"{_FLOAT}, or quantize with --block 32, the length that shares a scale in stock types"
+    if isinstance(spec, ir.AffineSpec) and spec.shape[1] % 32 == 0:
+        return f"{_FLOAT}, or quantize with --set blocks=32 (or more) --set symmetric=yes, which stock types hold"
     return _FLOAT
 
 

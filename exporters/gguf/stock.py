@@ -35,11 +35,15 @@ class NotExact(Exception):
 def expected_type(spec: ir.BlockSpec | ir.AffineSpec) -> str:
     """Name the stock type that a tensor of this spec normally takes, judged without its values.
 
+    Of affine tensors it is the largest that they can take: zero points decide whether a smaller one suffices.
+
     Raises:
         NotExact: no stock type can hold it; the message says why.
     """
     types = candidates(spec)
-    if isinstance(spec, ir.AffineSpec) or spec.block == 32:  # as in expects_first, spelled out for the type checker
+    if isinstance(spec, ir.AffineSpec):
+        return types[-1]
+    if spec.block == 32:
         return types[0]
     if spec.width <= 6 and "Q6_K" in types:
         return "Q6_K"
@@ -73,7 +77,7 @@ def candidates(spec: ir.BlockSpec | ir.AffineSpec) -> list[str]:
 
 def expects_first(spec: ir.BlockSpec | ir.AffineSpec) -> bool:
     """Whether :func:`expected_type` is the first of :func:`candidates`, so that :func:`choose` agrees if it fits."""
-    return isinstance(spec, ir.AffineSpec) or spec.block == 32
+    return len(candidates(spec)) == 1 if isinstance(spec, ir.AffineSpec) else spec.block == 32
 
 
 def choose(tensor: ir.Tensor) -> str:

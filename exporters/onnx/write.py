@@ -105,7 +105,7 @@ def prove_floats(model: ir.Model, job: Job, graph: FloatGraph) -> None:
 
 
 def part_chunks(part: Part, shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of a tensor's rows that cover a part, a few million weights each."""
+    """Slices of a tensor's rows that cover a part, a few at a time."""
     for rows in ir.row_chunks((part.rows, *shape[1:])):
         yield slice(part.start + rows.start, part.start + rows.stop)
 

@@ -42,11 +42,11 @@ def record(tmp_path: Path) -> Callable[..., Statistics]:
         row_groups: int = 0,
     ) -> Statistics:
         folder = CalibrationFolder(tmp_path / f"calibration-{len(list(tmp_path.iterdir()))}")
-        folder.begin({}, {}, torch.get_num_threads())
+        folder.begin({"importance": importance}, {}, torch.get_num_threads())
         folder.save_tokens(ids.numpy(), [])
         arguments = (StreamedModel(checkpoint), ids, set(names), folder, lambda name, done, whole: None)
-        if importance == "activation":
-            ForwardPass(*arguments).run()
+        if importance in ("norms", "activation"):
+            ForwardPass(*arguments, diagonals_alone=importance == "norms").run()
         else:
             FisherPass(*arguments, rows_alone=importance == "gradient", row_groups=row_groups).run()
         return folder.finish(names)

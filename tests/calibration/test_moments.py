@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anyquant.calibration.capture import Reading
-from anyquant.calibration.moments import MomentSums, one_hot
+from anyquant.calibration.moments import MomentSums
 from anyquant.calibration.store import Moment
 from anyquant.errors import AnyquantError
 
@@ -117,7 +117,7 @@ def test_an_overwritten_input_is_noticed() -> None:
 
 
 def test_an_embedding_counts_every_column_alike() -> None:
-    moment = one_hot("embedding", 12, 5)
+    moment = MomentSums(set()).one_hot("embedding", 12, 5)
     assert (moment.names, moment.tokens) == (("embedding",), 12)
     np.testing.assert_array_equal(square(moment), np.eye(5))
     np.testing.assert_array_equal(moment.diagonal, np.ones(5))

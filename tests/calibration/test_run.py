@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +101,7 @@ def stop_after(count: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("importance", ["activation", "gradient", "fisher"])
+@pytest.mark.parametrize("importance", ["norms", "activation", "gradient", "fisher"])
 def test_interrupted_anywhere_the_bytes_are_the_same(
     checkpoint: Checkpoint, tmp_path: Path, importance: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -107,7 +110,7 @@ def test_interrupted_anywhere_the_bytes_are_the_same(
     steps: list[str] = []
     calibrate(checkpoint, names, settings, tmp_path / "whole", lambda name, done, whole: steps.append(name))
     expected = contents(tmp_path / "whole")
-    assert len(steps) == 5 + 2 * (1 + (importance != "activation"))
+    assert len(steps) == 5 + 2 * (1 + (importance in ("gradient", "fisher")))
     for count in range(1, len(steps) + 1):
         folder = tmp_path / f"after-{count}"
         with pytest.raises(Interrupted):
@@ -121,6 +124,50 @@ def test_interrupted_anywhere_the_bytes_are_the_same(
         torch.set_num_threads(before)
         assert contents(folder) == expected
         assert statistics.threads == json.loads(expected["about.json"])["threads"]
+
+
+def test_norms_are_those_of_the_moments(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    settings = CalibrationSettings(windows=40, window=16)  # more tokens than go through a block at once
+    names = names_of(checkpoint)
+    norms, moments = (
+        calibrate(checkpoint, names, replace(settings, importance=importance), tmp_path / importance)
+        for importance in ("norms", "activation")
+    )
+    assert norms.norms_alone
+    assert not moments.norms_alone
+    for name in names:
+        few, much = norms.matrix(name), moments.matrix(name)
+        assert few is not None
+        assert much is not None
+        assert few.tokens == much.tokens
+        np.testing.assert_allclose(few.diagonal, much.diagonal, rtol=1e-5)
+        assert much.has_moment
+        assert not few.has_moment
+        with pytest.raises(InputError, match="recorded the norms of inputs, not how they go together"):
+            few.full()
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / kind).glob("moments*")) for kind in ("norms", "activation")
+    ]
+    assert sizes[0] < sizes[1] / 4
+
+
+def test_states_that_find_no_room_on_the_disk(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        asked.append(length)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = CalibrationSettings(windows=3, window=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(MachineError, match=f"hidden states in {tmp_path}.*No space left.*will be used again"):
+            calibrate(checkpoint, names_of(checkpoint), settings, tmp_path / "c")
+    assert asked == [4 * 3 * 12 * checkpoint.config["hidden_size"]]
+    calibrate(checkpoint, names_of(checkpoint), settings, tmp_path / "c")
+    assert not list((tmp_path / "c").glob(".*"))
 
 
 def test_interrupted_again_and_again(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_what_is_neither(source: str) -> None:
         ({"windows": 0}, "windows is 0; it must be at least 1"),
         ({"window": 1}, "window is 1; it must be at least 2"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
-        ({"importance": "hessian"}, "'hessian'; it is one of gradient, activation, fisher"),
+        ({"importance": "hessian"}, "'hessian'; it is one of gradient, norms, activation, fisher"),
     ],
 )
 def test_out_of_range(change: dict[str, Any], message: str) -> None:

@@ -210,7 +210,7 @@ def test_profiles() -> None:
     assert (best["palette"], best["allocation_rule"], best["axis"]) == ("auto", "gain", "column")
     assert (paper["palette"], paper["allocation_rule"]) == ("3,4", "norm")
     assert (paper["outliers_activation"], paper["outliers_error"]) == (0.25, 0.25)
-    assert METHOD.defaults(best) == METHOD.defaults(paper) == JobDefaults("activation", "matrix")
+    assert METHOD.defaults(best) == METHOD.defaults(paper) == JobDefaults("norms", "matrix")
     assert METHOD.settings(paper, 2.5) == paper  # settings of an IR are settings
 
 
