@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InputError, UsageError
 
 
@@ -104,6 +108,49 @@ def test_bits_of_grids_are_counted_byte_by_byte(grids: Any) -> None:
     assert grids.gptq(2, None).bits((576, 1536)) == 2 + (16 + 2) / 1536
     # 5 rows of 65: 325 codes of 3 bits in 122 bytes; 10 groups: 20 bytes of scales, 4 of zeros.
     assert grids.gptq(3).bits((5, 65)) == 8 * (122 + 20 + 4) / 325
+
+
+class PretendedAutoRound:
+    """In the place of the package, which is not installed beside the tests: halves what it is to quantize."""
+
+    class SignRoundConfig:
+        def __init__(self, **settings: Any) -> None:
+            self.settings = settings
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def AutoRound(self, model: Any, **arguments: Any) -> Any:
+        self.seen = arguments
+
+        def quantize() -> tuple[Any, dict[str, Any]]:
+            import torch
+
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) and name not in arguments["layer_config"]:
+                    module.weight.data /= 2
+            return model, {}
+
+        return SimpleNamespace(quantize=quantize)
+
+
+def test_auto_round_sees_the_model_and_the_tokens_of_the_calibration(
+    accuracy: Callable[[str], Any], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, peer = PretendedAutoRound(), accuracy("auto_rounding").auto_round(3)
+    monkeypatch.setitem(sys.modules, "auto_round", package)
+    checkpoint = open_checkpoint(str(tiny_llama))
+    names = checkpoint.matrices()[:-1]  # the last one stays
+    ids = np.arange(6 * 16).reshape(6, 16)
+    found = peer.quantize(checkpoint, ids, names)
+    assert list(found) == names
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, checkpoint.read(name) / 2)
+    assert package.seen["alg_configs"].settings == {"bits": 3, "group_size": 64, "sym": False}
+    assert set(package.seen["layer_config"]) == {"lm_head", checkpoint.matrices()[-1].removesuffix(".weight")}
+    assert (package.seen["nsamples"], package.seen["seqlen"]) == (6, 16)
+    np.testing.assert_array_equal(np.concatenate([each["input_ids"].numpy() for each in package.seen["dataset"]]), ids)
+    assert peer.bits({"a": (10, 64), "b": (3, 128)}) == 3 + 19 / 64
 
 
 def test_hqq(accuracy: Callable[[str], Any], grids: Any) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from anyquant.checkpoint import Checkpoint
+
 Floats = NDArray[np.float32]
 Shape = tuple[int, int]
 
@@ -54,3 +56,23 @@ class Contender:
     def quantize(self, name: str, weight: Floats, moment: Floats) -> Floats:
         """What stands for a matrix; see :class:`Peer`."""
         return self.peer(name, (weight.shape[0], weight.shape[1])).quantize(weight, moment)
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A quantizer that has to run the model.
+
+    Attributes:
+        name: of the row in a table.
+        stored: shape [out, in] -> stored bits per weight.
+        quantize: (checkpoint, tokens int64 [windows, window], names of the matrices) -> their float32 [out, in].
+    """
+
+    name: str
+    stored: Callable[[Shape], float]
+    quantize: Callable[[Checkpoint, NDArray[np.int64], list[str]], dict[str, Floats]]
+
+    def bits(self, shapes: Mapping[str, Shape]) -> float:
+        """Stored bits per weight of a model with these matrices."""
+        weights = [out * columns for out, columns in shapes.values()]
+        return sum(self.stored(s) * w for s, w in zip(shapes.values(), weights, strict=True)) / sum(weights)

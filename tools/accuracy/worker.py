@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accuracy import candidates, embeddings
+from accuracy import auto_rounding, candidates, embeddings
 from accuracy.commands import job_of
 from accuracy.evaluation import Lost, Reference
-from accuracy.interface import Contender, Floats, Shape
+from accuracy.interface import Contender, Floats, Shape, WholeModel
 from accuracy.mixes import Model
 from accuracy.peers import contenders
 from anyquant.calibration import calibrate, open_statistics
@@ -40,15 +40,20 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
     return {name: (checkpoint.tensors[name].shape[0], checkpoint.tensors[name].shape[1]) for name in names}
 
 
-def peers_of(checkpoint: Checkpoint, note: Callable[[str], None]) -> list[Contender]:
-    """The peers that can quantize a model."""
+def peers_of(checkpoint: Checkpoint, note: Callable[[str], None]) -> list[Contender | WholeModel]:
+    """The peers that can quantize a model, those last that have to run it."""
     config = checkpoint.config
     heads = int(config["num_attention_heads"])
     model = Model(int(config["num_hidden_layers"]), heads // int(config.get("num_key_value_heads") or heads))
-    return contenders(model, shapes_of(checkpoint), note)
+    found: list[Contender | WholeModel] = [*contenders(model, shapes_of(checkpoint), note)]
+    if auto_rounding.available():
+        found += [auto_rounding.auto_round(bits) for bits in auto_rounding.WIDTHS]
+    else:
+        note("AutoRound is left out: pip install auto-round")
+    return found
 
 
-def named(found: list[Contender], name: str) -> Contender:
+def named(found: list[Contender | WholeModel], name: str) -> Contender | WholeModel:
     """The peer of this name.
 
     Raises:
@@ -81,6 +86,10 @@ def make_peer(task: Task) -> dict[str, Any]:
     checkpoint, statistics = opened(task["model"]), open_statistics(Path(task["statistics"]))
     shapes = shapes_of(checkpoint)
     peer = named(peers_of(checkpoint, lambda note: None), task["name"])
+    if isinstance(peer, WholeModel):
+        made = peer.quantize(checkpoint, statistics.ids(), list(shapes))
+        digest = candidates.write_values(Path(task["candidate"]), shapes, (made[name] for name in shapes))
+        return {"bits": peer.bits(shapes), "digest": digest}
 
     def values() -> Iterator[Floats]:
         for name in shapes:
