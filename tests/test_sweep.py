@@ -252,6 +252,8 @@ def test_what_is_refused(checkpoint: Checkpoint, text: TextSettings, tmp_path: P
         sweep(checkpoint, [block(4.25), Job("block", Target(bits=4.5), {"block": 16})])
     with pytest.raises(UsageError, match="at least one"):
         sweep(checkpoint, [])
+    with pytest.raises(UsageError, match="leave out sequential"):
+        sweep(checkpoint, [Job("skim", Target(bits=3.3), sequential=True)])
     for setting in ({"windows": 0}, {"window": 1}, {"resamples": 1}, {"seed": -1}):
         with pytest.raises(UsageError, match=next(iter(setting))):
             sweep(checkpoint, [block(4.25)], text=replace(text, **setting))

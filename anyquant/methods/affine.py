@@ -69,6 +69,7 @@ class AffineMethod(Method):
             "none, with scales of the values as they are by then; auto: blocks if short, else activation",
             choices=("auto", "activation", "blocks", "none"),
             paper="activation",
+            idle_with=("feedback", False),
         ),
         Option("clip", True, "whether ranges are searched for the least error", paper=False),
         Option(
@@ -80,7 +81,14 @@ class AffineMethod(Method):
         ),
         Option("widths", "2,4,8", "bits on offer", choices=("2,4,8", "2,4", "2,8", "4,8", "2", "4", "8")),
         Option("symmetric", False, "whether zero points are in the middle of the codes"),
-        Option("damping", 0.01, "of the moments, relative to their mean, in error feedback", low=0.0, high=1.0),
+        Option(
+            "damping",
+            0.01,
+            "of the moments, relative to their mean, in error feedback",
+            low=0.0,
+            high=1.0,
+            idle_with=("feedback", False),
+        ),
     )
 
     def needs_statistics(self, settings: Settings) -> bool:

@@ -74,6 +74,7 @@ class ClaqMethod(Method):
             "which: those that stick out at most cost, or both ends of each column, more where outliers are many",
             choices=("loss", "dynamic"),
             paper="dynamic",
+            idle_with=("outliers", 0.0),
         ),
         Option(
             "row_weights",
@@ -82,7 +83,13 @@ class ClaqMethod(Method):
             choices=("gradient", "none"),
             paper="none",
         ),
-        Option("cluster_outliers", False, "kept weights take part in the clustering all the same", paper=True),
+        Option(
+            "cluster_outliers",
+            False,
+            "kept weights take part in the clustering all the same",
+            paper=True,
+            idle_with=("outliers", 0.0),
+        ),
         Option("damping", DAMPING, "of the second moment, relative to its mean diagonal", low=0.0, high=1.0),
         Option("zero_dead", False, "columns whose input was always 0 become 0", paper=True),
     )

@@ -74,6 +74,7 @@ class CmpqMethod(Method):
             "with norm: percent of the channels that have the next width before as many have the one between",
             low=0.0,
             high=50.0,
+            idle_with=("allocation_rule", "gain"),
         ),
         Option(
             "outliers_activation",

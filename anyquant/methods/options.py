@@ -30,6 +30,7 @@ class Option:
         low: least value of a number.
         high: greatest value of a number.
         paper: value with the profile ``paper``, where that differs.
+        idle_with: (name, value) of another option, with which this one changes nothing.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Option:
     low: float | None = None
     high: float | None = None
     paper: Any = _SAME
+    idle_with: tuple[str, Any] | None = None
 
     def value(self, profile: str) -> Any:
         """The value with a profile."""
@@ -95,7 +97,8 @@ def complete(method: str, options: Sequence[Option], given: Mapping[str, Any]) -
         given: name -> value; "profile", one of PROFILES, may be among them.
 
     Raises:
-        UsageError: an option that the method does not have, or a value that it cannot have.
+        UsageError: an option that the method does not have, a value that it cannot have, or one that would change
+            nothing.
     """
     profile = given.get("profile", "best")
     if profile not in PROFILES:
@@ -106,6 +109,13 @@ def complete(method: str, options: Sequence[Option], given: Mapping[str, Any]) -
         known = ", ".join(by_name) or "none"
         raise UsageError(f"the method {method} has no option {unknown[0]!r}; it has {known}.")
     settings = {name: option.check(method, given.get(name, option.value(profile))) for name, option in by_name.items()}
+    for name in given.keys() & by_name.keys():
+        option = by_name[name]
+        if option.idle_with and settings[name] != option.value(profile):
+            other, value = option.idle_with
+            if settings[other] == value:
+                shown = ("no", "yes")[value] if isinstance(value, bool) else value
+                raise UsageError(f"the option {name} of the method {method} changes nothing with {other}={shown}.")
     return {"profile": profile, **settings}
 
 

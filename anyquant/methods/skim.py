@@ -57,6 +57,7 @@ class SkimMethod(Method):
             "excess",
             "which: what sticks out of its row at most cost; or the largest, and a tenth by importance (SqueezeLLM)",
             choices=("excess", "magnitude"),
+            idle_with=("outliers", 0.0),
         ),
         Option(
             "shared",
@@ -73,7 +74,14 @@ class SkimMethod(Method):
             choices=("off", "closed", "gradient"),
             paper="gradient",
         ),
-        Option("alternations", 1, "of scale and codebooks; more fit the calibration text alone", low=1, high=8),
+        Option(
+            "alternations",
+            1,
+            "of scale and codebooks; more fit the calibration text alone",
+            low=1,
+            high=8,
+            idle_with=("scale", "off"),
+        ),
         Option(
             "objective",
             "diag",

@@ -53,7 +53,7 @@ def sweep(
         A point for each job, in order; one whose target cannot be met has a problem and nothing else.
 
     Raises:
-        UsageError: the jobs have not one set of statistics, or their options are wrong.
+        UsageError: the jobs have not one set of statistics, are sequential, or their options are wrong.
         InfeasibleTarget: no target can be met.
         InputError: the text or the model cannot be used.
         MachineError: the disk has no room for the source's logits.
@@ -65,6 +65,8 @@ def sweep(
             "follow from the target, such as the palette of claq and cmpq with --profile paper, have to be set: for "
             "example --set palette=2,3,4."
         )
+    if any(job.sequential for job in jobs):
+        raise UsageError("a sweep does not quantize in the order of the model: leave out sequential.")
     notes: list[str] = []
 
     def say(text: str) -> None:

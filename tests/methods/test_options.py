@@ -52,6 +52,25 @@ def test_bad_values_are_refused(given: dict[str, Any], words: str) -> None:
     assert words in str(caught.value)
 
 
+IDLE = (
+    Option("rule", "gain", "by which", choices=("gain", "norm"), paper="norm"),
+    Option("exchange", 0.0, "how much", low=0.0, idle_with=("rule", "gain")),
+    Option("feedback", True, "whether"),
+    Option("damping", 0.01, "how much", low=0.0, idle_with=("feedback", False)),
+)
+
+
+def test_what_would_change_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="option exchange of the method m changes nothing with rule=gain"):
+        complete("m", IDLE, {"exchange": 5.0})
+    with pytest.raises(UsageError, match="option damping of the method m changes nothing with feedback=no"):
+        complete("m", IDLE, {"feedback": False, "damping": 0.1})
+    assert complete("m", IDLE, {"exchange": 5.0, "profile": "paper"})["exchange"] == 5.0
+    assert complete("m", IDLE, {"exchange": 5.0, "rule": "norm"})["exchange"] == 5.0
+    recorded = complete("m", IDLE, {"feedback": False})
+    assert complete("m", IDLE, recorded) == recorded  # what is as it would be without, is no request
+
+
 def test_texts_are_read_by_type() -> None:
     texts = ["width=3", "share=1", "rule=norm", "refit=no", "palette=2,4", "width=3"]
     assert parse("m", OPTIONS, texts) == {"width": 3, "share": 1.0, "rule": "norm", "refit": False, "palette": "2,4"}
