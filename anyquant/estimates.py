@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anyquant import ir
-from anyquant.calibration.settings import DOCUMENTS, LEARNED_TOKENS, SAMPLED_TOKENS
+from anyquant.calibration.settings import DOCUMENTS, GRADIENT_FREE, LEARNED_TOKENS, SAMPLED_TOKENS
 from anyquant.checkpoint import Checkpoint
 from anyquant.forms import Forms
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 # model of no weights, on which a calibration runs.
 _BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 560 << 20
 _SAMPLE_ROWS = 16
-STAGES = ("calibration", "errors", "quantizing")
+STAGES = ("calibration", "errors", "quantizing", "refining")
 _DRAWING = 24  # bytes for each logit that a token is drawn from: FP32, its probability, the FP64 sums
 _SAMPLING = 5  # a token drawn after the other takes so much longer than tokens of a text
 _REST = 2.0  # all that is no product of large matrices, as a factor
+_REFINING = 150  # operations for each pair of inputs of each row, at the speed of products; measured on SmolLM2
 _MULTIPLY = 512  # side of the matrices by which the speed of products is measured
 
 
@@ -78,6 +79,8 @@ def seconds(checkpoint: Checkpoint, job: Job, forms: Forms, stages: Collection[s
     found = {"errors": measuring / job.workers, "quantizing": quantizing / job.workers}
     if job.needs_statistics and job.calibration.importance != "norms":  # what outputs lose, in FP64
         found["quantizing"] += sum(8 * out * columns**2 for out, columns in forms.shapes) / _multiplications()
+    if job.refine:
+        found["refining"] = sum(_REFINING * out * columns**2 for out, columns in forms.shapes) / _multiplications()
     if job.needs_statistics and "calibration" in stages:
         found["calibration"] = _calibration_seconds(checkpoint, job)
     return {stage: found[stage] for stage in STAGES if stage in stages and stage in found}
@@ -110,7 +113,8 @@ def _row_seconds(forms: Forms, columns: int) -> tuple[float, float]:
 def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
     settings, shapes = job.calibration, [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
     tokens = settings.windows * settings.window
-    learned = {"gradient": min(tokens, LEARNED_TOKENS), "fisher": tokens}.get(settings.importance, 0)
+    few = 0 if settings.importance in GRADIENT_FREE else min(tokens, LEARNED_TOKENS)
+    learned = tokens if settings.importance == "fisher" or settings.row_groups else few
     sampled = tokens if settings.source == "self" else 0
     forward = sum(2 * out * columns for out, columns in shapes)
     moments = sum(2 * columns**2 for _, columns in shapes) / 2  # q, k and v, or gate and up, share theirs

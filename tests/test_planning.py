@@ -170,6 +170,12 @@ def test_estimates_name_the_stages(planned: Planner) -> None:
     assert list(stages) == ["calibration", "errors", "quantizing"]
     assert all(value > 0 for value in stages.values())
     assert list(seconds(*about, ("errors",))) == ["errors"]
+    refined = replace(result.job, refine=True)
+    grouped = replace(refined, calibration=replace(result.job.calibration, row_groups=4, windows=32, window=256))
+    few, all_tokens = (seconds(about[0], job, about[2]) for job in (
+        replace(refined, calibration=replace(grouped.calibration, row_groups=0)), grouped))  # fmt: skip
+    assert few["refining"] > 0
+    assert all_tokens["calibration"] > 1.2 * few["calibration"]
     assert in_words({"errors": 2.4, "quantizing": 7.7}) == "roughly 10 s (errors 2, quantizing 8)"
     assert result.peak_memory > 200 << 20
 
