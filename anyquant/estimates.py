@@ -19,8 +19,8 @@ from anyquant.forms import Forms
 if TYPE_CHECKING:
     from anyquant.job import Job
 
-# Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done a few
-# million weights at a time; transformers with torch, which make the tokenizer files of a GGUF source; and torch with a
+# Measured on SmolLM2: interpreter and libraries; what a worker's arithmetic takes beside its matrix, being done on a
+# few rows at a time; transformers with torch, which make the tokenizer files of a GGUF source; and torch with a
 # model of no weights, on which a calibration runs.
 _BASE, _WORKER, _TOKENIZER, _TORCH = 220 << 20, 60 << 20, 80 << 20, 560 << 20
 _SAMPLE_ROWS = 16
@@ -37,7 +37,7 @@ def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model)
     largest = max(4 * out * columns for out, columns in forms.shapes)
     # The weights and what they became; with statistics also the moment of the inputs, in FP64, and a product with it.
     held = 3 * largest
-    if job.needs_statistics and job.calibration.importance != "norms":
+    if job.needs_statistics and job.calibration.has_moments:
         held += max(16 * columns**2 + 16 * out * columns for out, columns in forms.shapes)
     peak = _BASE + job.workers * (held + _WORKER)
     peak += max(entry.spec.nbytes for entry in model.entries.values())
@@ -51,7 +51,9 @@ def _calibration_memory(checkpoint: Checkpoint, job: Job) -> int:
     layers = max(1, _size(checkpoint, "num_hidden_layers", "n_layer"))
     hidden = _size(checkpoint, "hidden_size", "n_embd")
     tokens = job.calibration.windows * job.calibration.window
-    states = 5 * 4 * hidden * tokens if job.has_gradients else 0  # which are on disk
+    # Of the hidden states of all tokens; those that wait for the next block lie on disk, unless it is sequential.
+    copies = 5 if job.has_gradients else 3 if job.quantize_embeddings else 2 if job.sequential else 0
+    states = copies * 4 * hidden * tokens
     embeddings = sum(4 * prod(checkpoint.tensors[name].shape) for name in checkpoint.embeddings())
     needed = embeddings + 3 * (weights - embeddings) // layers + states
     if job.calibration.source == "self":
@@ -77,7 +79,7 @@ def seconds(checkpoint: Checkpoint, job: Job, forms: Forms, stages: Collection[s
     rates = {columns: _row_seconds(forms, columns) for columns in rows}
     measuring, quantizing = (sum(count * rates[columns][i] for columns, count in rows.items()) for i in (0, 1))
     found = {"errors": measuring / job.workers, "quantizing": quantizing / job.workers}
-    if job.needs_statistics and job.calibration.importance != "norms":  # what outputs lose, in FP64
+    if job.needs_statistics and job.calibration.has_moments:  # what outputs lose, in FP64
         found["quantizing"] += sum(8 * out * columns**2 for out, columns in forms.shapes) / _multiplications()
     if job.refine:
         found["refining"] = sum(_REFINING * out * columns**2 for out, columns in forms.shapes) / _multiplications()
@@ -118,9 +120,8 @@ def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
     sampled = tokens if settings.source == "self" else 0
     forward = sum(2 * out * columns for out, columns in shapes)
     moments = sum(2 * columns**2 for _, columns in shapes) / 2  # q, k and v, or gate and up, share theirs
-    if settings.importance == "norms":
-        moments = 0
-    work = (tokens + 4 * learned + _SAMPLING * sampled) * forward + tokens * moments
+    work = (tokens + 4 * learned + _SAMPLING * sampled) * forward + (tokens * moments if settings.has_moments else 0)
+    work += settings.row_groups * learned * sum(columns**2 for _, columns in shapes)
     return _REST * work / _multiplications()
 
 

@@ -82,10 +82,10 @@ class Job:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        """Check the allocation and the settings of the calibration.
+        """Check the allocation and the settings of the calibration, and that it records what is needed.
 
         Raises:
-            UsageError: out of range, or what the method cannot have.
+            UsageError: out of range, or what the method cannot have or do with.
         """
         if self.sequential and not self.needs_statistics:
             raise UsageError(f"--sequential has no meaning for the method {self.method} here: it needs no text.")
@@ -94,7 +94,7 @@ class Job:
         if self.search not in SEARCHES or self.trials < 1:
             raise UsageError(f"--search is {self.search!r} with {self.trials} trials, must be greedy or tpe with some.")
         self.calibration.check()
-        if self.needs_statistics and self.calibration.importance == "norms":
+        if not self.calibration.has_moments and self.needs_statistics:
             wanting = "--refine" if self.refine else get_method(self.method).wants_moments(self.settings)
             if wanting:
                 raise UsageError(

@@ -13,17 +13,11 @@ from anyquant.reporting.estimate import Estimate
 def error_of(entry: ir.Entry, key: str) -> float | None:
     """A relative squared error of a quantized matrix; None where it is not known.
 
-    The manifest holds 0 as the ``output_error`` of an expert that no token of the calibration reached: where the
-    weights lost something, that is not an error of 0.
-
     Args:
         entry: of the matrix.
         key: "error", of the weights, or "output_error".
     """
-    weights = entry.error or 0.0
-    if key == "error":
-        return weights
-    return entry.output_error or (None if weights else entry.output_error)
+    return entry.error or 0.0 if key == "error" else entry.output_error
 
 
 def mean_error(entries: Iterable[ir.Entry], key: str) -> Estimate | None:

@@ -189,7 +189,8 @@ def measure_loss(weight: NDArray[np.float32], tensor: ir.Tensor, statistics: Mat
     """
     moment = statistics.full().astype(np.float64) if statistics and statistics.has_moment else None
     lost, whole = np.zeros(2), np.zeros(2)
-    for rows in ir.row_chunks(tensor.spec.shape):
+    # A product with few rows would take most of its time to read the moment.
+    for rows in ir.row_chunks(tensor.spec.shape, 1 if moment is None else len(moment) // 8):
         part = weight[rows].astype(np.float64)
         for total, values in ((whole, part), (lost, part - ir.dequantize(tensor, rows))):
             total[0] += np.einsum("ij,ij->", values, values)

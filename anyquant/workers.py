@@ -1,13 +1,20 @@
-"""Units of work on threads, their results in order and few at a time."""
+"""Threads: how many, and units of work on them, their results in order and few at a time."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def default_threads() -> int:
+    """Threads where none are asked for: OMP_NUM_THREADS, or the cores this process may use."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return int(limit) if limit.isdigit() and int(limit) else len(os.sched_getaffinity(0))
 
 
 def in_order(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:

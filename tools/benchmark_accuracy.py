@@ -8,8 +8,8 @@ Sources: dithered (SmolLM2-135M as a float model, which the targets are for), st
 sentence encoder), or another language model's folder. Everything that is measured stays in --work and is not measured
 again; the report tells of all sources that were measured there with the same texts and windows.
 
-The peer HQQ needs the package hqq: pip install 'anyquant[benchmark]', or a folder that has it in PYTHONPATH. So does
-AutoRound, an option for those who have hours: it needs auto-round, and --systems 'AutoRound 3*' runs it alone. The
+The peer HQQ needs the package hqq: pip install 'anyquant[benchmark]', or a folder that has it in PYTHONPATH. AutoRound
+is an option for those who have hours: it needs auto-round 0.16, and --systems 'AutoRound 3*' runs it alone. The
 source's answers take 3 GB in --work, a model that is being measured .5 GB.
 
 Exit codes: 0 all targets hold on --source; 1 one does not, or was not measured; others are anyquant's.

@@ -53,7 +53,7 @@ class MomentSums:
     """Accumulates the moments of one section of the model.
 
     Matrices that read the very same tensors share one moment. Which these are is known only once all have been
-    called, so inputs wait in memory for :meth:`flush`. Products are FP32, at most a few thousand tokens in each, added
+    called, so inputs wait in memory for :meth:`flush`. Products are FP32, at most a thousand tokens in each, added
     up in the order of the calls; the diagonal is summed in FP64.
     """
 

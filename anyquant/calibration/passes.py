@@ -29,8 +29,8 @@ class Finished(Exception):
 class StreamedPass:
     """What every pass shares: the way of all windows through the blocks, and who is told of which product.
 
-    All windows go through a block before the next one is loaded, so the hidden states of all tokens are kept (twice),
-    with one block, its moments, and what a thousand tokens leave behind in it.
+    All windows go through a block before the next one is loaded, so the hidden states of all tokens are kept (two or
+    three times), with one block, its moments, and what a thousand tokens leave behind in it.
     """
 
     overflow = (

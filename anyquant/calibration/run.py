@@ -104,7 +104,7 @@ def _run(
         )
     arguments = (model, torch.from_numpy(ids), set(names), work, progress)
     if settings.importance in GRADIENT_FREE:
-        ForwardPass(*arguments, diagonals_alone=settings.importance == "norms").run()
+        ForwardPass(*arguments, diagonals_alone=not settings.has_moments).run()
     else:
         FisherPass(*arguments, rows_alone=settings.importance == "gradient", row_groups=settings.row_groups).run()
 

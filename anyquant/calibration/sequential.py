@@ -123,6 +123,7 @@ class _SequentialPass(StreamedPass):
     ) -> None:
         super().__init__(model, torch.from_numpy(statistics.ids()), set(names), progress)
         self._statistics, self._quantize, self._stored = statistics, quantize, stored
+        self.few = statistics.norms_alone
         self._left = dict.fromkeys(names)  # in this order
 
     def run(self) -> None:

@@ -36,8 +36,8 @@ class CalibrationSettings:
         window: tokens in each, the leading one (BOS) among them if the tokenizer puts one.
         seed: of the sampling, or of the choice of windows.
         importance: "norms" records the mean squares of the inputs x, E[x_j^2]; "activation" all their second moments,
-            E[x x^T]; "gradient" also those of the gradients g of
-            the loss at each output, E[g_i^2], on the first few windows; "fisher" E[g_i^2 x_j^2] for each weight.
+            E[x x^T]; "gradient" also those of the gradients g of the loss at each output, E[g_i^2], on the first few
+            windows; "fisher" E[g_i^2 x_j^2] for each weight.
         row_groups: of neighbouring rows, for each of which E[g^2 x x^T] is recorded as well, with g^2 the mean over the
             group; 0 for none. It takes gradients of all windows.
     """
@@ -66,6 +66,11 @@ class CalibrationSettings:
                 f"--row-groups weights tokens by gradients, and --importance {self.importance} records none: add "
                 "--importance gradient (cmpq goes without unless told otherwise)."
             )
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether of inputs more is recorded than their mean squares."""
+        return self.importance != "norms"
 
     @property
     def kind(self) -> str:

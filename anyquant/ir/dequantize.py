@@ -121,7 +121,6 @@ def replace_outliers(values: Floats, tensor: Tensor, rows: Iterable[int]) -> Non
 def _entries(tensor: Tensor, spec: CodebookSpec, channels: NDArray[np.int64], first: int, length: int) -> Floats:
     """Codebook entries [channels, length] that codes first..first+length-1 stand for; ``first`` is a multiple of 8."""
     bits, stream = tensor.arrays[".bits"], tensor.arrays[".codes"]
-    codebook = tensor.arrays[".codebook"].astype(np.float32)
     offsets = code_offsets(bits, spec.shape[1 - spec.axis])
     starts = entry_offsets(bits)
     values = np.empty((len(channels), length), np.float32)
@@ -130,7 +129,7 @@ def _entries(tensor: Tensor, spec: CodebookSpec, channels: NDArray[np.int64], fi
         chosen = channels[which]
         begin = offsets[chosen] + first * width // 8
         codes = unpack(stream[begin[:, None] + np.arange(row_bytes(length, width))], length, width)
-        values[which] = codebook[starts[chosen, None] + codes]
+        values[which] = tensor.arrays[".codebook"][starts[chosen, None] + codes]
     return values
 
 

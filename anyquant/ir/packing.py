@@ -34,12 +34,12 @@ def entry_offsets(bits: np.ndarray) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(1 << bits.astype(np.int64))])
 
 
-def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+def row_chunks(shape: tuple[int, ...], least: int = 1) -> Iterator[slice]:
     """Slices of the first axis, each of a quarter of a million weights or one row, that cover this shape."""
     if not shape:
         yield slice(None)
         return
-    step = max(1, _CHUNK // max(1, prod(shape[1:])))
+    step = max(least, _CHUNK // max(1, prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 

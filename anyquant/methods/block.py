@@ -93,6 +93,10 @@ class BlockMethod(Method):
         """With ``sensitivity=gradient`` only."""
         return bool(settings["sensitivity"] == "gradient")
 
+    def wants_moments(self, settings: Settings) -> str:
+        """Nothing does."""
+        return ""
+
     def defaults(self, settings: Settings) -> JobDefaults:
         """Matrices share the budget of the model: none has parts that could share its own."""
         return JobDefaults(allocation="model")

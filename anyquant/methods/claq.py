@@ -103,10 +103,6 @@ class ClaqMethod(Method):
         settings = complete(self.name, self.options, options)
         return {**settings, "palette": resolve_palette(self.name, settings, bits, ("2,4", "3,4", "2,3,4"))}
 
-    def wants_moments(self, settings: Settings) -> str:
-        """For error feedback."""
-        return "claq"
-
     def defaults(self, settings: Settings) -> JobDefaults:
         """The paper knows no gradients, and no budget of the whole model, over which columns have no order."""
         importance = "activation" if settings["profile"] == "paper" else "gradient"

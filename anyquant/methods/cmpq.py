@@ -104,6 +104,10 @@ class CmpqMethod(Method):
         exact = "2,3,4" if settings["exchange"] and bits == 3 else "3,4"
         return {**settings, "palette": resolve_palette(self.name, settings, bits, ("2,3", exact, "2,3,4"))}
 
+    def wants_moments(self, settings: Settings) -> str:
+        """Nothing does."""
+        return ""
+
     def defaults(self, settings: Settings) -> JobDefaults:
         """Norms of activations alone, by which matrices do not compare."""
         return JobDefaults("norms", "matrix")

@@ -92,6 +92,10 @@ class GgmlMethod(Method):
         """With the option importance_matrix."""
         return bool(settings["importance_matrix"])
 
+    def wants_moments(self, settings: Settings) -> str:
+        """Nothing does."""
+        return ""
+
     def defaults(self, settings: Settings) -> JobDefaults:
         """A budget of the whole model; importances of llama.cpp are those of activations."""
         return JobDefaults("activation" if settings["profile"] == "paper" else "gradient", "model")

@@ -109,9 +109,8 @@ def complete(method: str, options: Sequence[Option], given: Mapping[str, Any]) -
         known = ", ".join(by_name) or "none"
         raise UsageError(f"the method {method} has no option {unknown[0]!r}; it has {known}.")
     settings = {name: option.check(method, given.get(name, option.value(profile))) for name, option in by_name.items()}
-    for name in given.keys() & by_name.keys():
-        option = by_name[name]
-        if option.idle_with and settings[name] != option.value(profile):
+    for name, option in by_name.items():
+        if name in given and option.idle_with and settings[name] != option.value(profile):
             other, value = option.idle_with
             if settings[other] == value:
                 shown = ("no", "yes")[value] if isinstance(value, bool) else value

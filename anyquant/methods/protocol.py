@@ -95,7 +95,7 @@ class Method(Protocol):
 
     def wants_moments(self, settings: Settings) -> str:
         """What with these settings needs E[x x^T] of the inputs and not just its diagonal, in words; "" for nothing."""
-        return ""
+        return self.name
 
     def defaults(self, settings: Settings) -> JobDefaults:
         """What a job does with these settings unless it is told."""

@@ -21,7 +21,7 @@ from anyquant.planning import Plan, forms_of, plan, predicted_loss
 from anyquant.reporting.environment import environment
 from anyquant.sweep.measure import Meter, TextSettings, text_windows
 from anyquant.sweep.results import Point, Sweep
-from anyquant.validation.runners.protocol import default_threads
+from anyquant.workers import default_threads
 from anyquant.workfolder import WorkFolder, temporary_work_folder
 
 

@@ -5,7 +5,6 @@ All logarithms are natural: losses and divergences are in nats.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.validation.results import TopDifference
-from anyquant.workers import in_order
+from anyquant.workers import default_threads, in_order
 
 Floats = NDArray[np.float64]
 _CHUNK = 1 << 16
@@ -27,7 +26,7 @@ def _over_rows(function: Callable[[slice], T], logits: NDArray[np.float32]) -> I
     """The function's results for each chunk of rows, in order."""
     rows = max(1, _CHUNK // max(1, logits.shape[1]))
     chunks = [(slice(start, start + rows),) for start in range(0, logits.shape[0], rows)]
-    return in_order(function, chunks, len(os.sched_getaffinity(0)))
+    return in_order(function, chunks, default_threads())
 
 
 def log_normalizers(logits: NDArray[np.float32]) -> Floats:

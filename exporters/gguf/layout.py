@@ -177,7 +177,7 @@ def _type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportO
         raise stock.NotExact("no stock type has a codebook per row or column")
     if model.has_values and (examine or not stock.expects_first(spec)):
         return stock.choose(model.tensor(name))
-    return stock.expected_type(spec)
+    return stock.expected_type(spec, symmetric=model.settings.get("symmetric") is True)
 
 
 def _dense_type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportOptions) -> str:

@@ -32,17 +32,18 @@ class NotExact(Exception):
     """A tensor has no exact image in the stock types asked for; the message says why."""
 
 
-def expected_type(spec: ir.BlockSpec | ir.AffineSpec) -> str:
+def expected_type(spec: ir.BlockSpec | ir.AffineSpec, *, symmetric: bool = False) -> str:
     """Name the stock type that a tensor of this spec normally takes, judged without its values.
 
-    Of affine tensors it is the largest that they can take: zero points decide whether a smaller one suffices.
+    Of affine tensors it is the largest that they can take, unless ``symmetric`` says that all zero points are in the
+    middle of the codes, for which the smallest suffices.
 
     Raises:
         NotExact: no stock type can hold it; the message says why.
     """
     types = candidates(spec)
     if isinstance(spec, ir.AffineSpec):
-        return types[-1]
+        return types[0 if symmetric else -1]
     if spec.block == 32:
         return types[0]
     if spec.width <= 6 and "Q6_K" in types:

@@ -119,7 +119,7 @@ def test_an_expert_without_tokens_has_no_error_of_its_outputs(
     write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor]
 ) -> None:
     names = [f"model.layers.0.mlp.experts.down_proj#{i}" for i in range(3)]
-    losses = {names[0]: (0.1, 0.3), names[1]: (0.1, 0.0), names[2]: (0.0, 0.0)}
+    losses = {names[0]: (0.1, 0.3), names[1]: (0.1, None), names[2]: (0.0, 0.0)}
     model = write({name: codebook((2, 9), [1, 2]) for name in names}, losses)
     found = matrices(model)
     assert [m.output_error for m in found] == [0.3, None, 0.0]

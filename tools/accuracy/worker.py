@@ -49,7 +49,7 @@ def peers_of(checkpoint: Checkpoint, note: Callable[[str], None]) -> list[Conten
     if auto_rounding.available():
         found += [auto_rounding.auto_round(bits) for bits in auto_rounding.WIDTHS]
     else:
-        note("AutoRound is left out: pip install auto-round")
+        note("AutoRound is left out: pip install 'auto-round>=0.16'")
     return found
 
 

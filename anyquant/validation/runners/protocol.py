@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import AnyquantError, InputError
+from anyquant.workers import default_threads
 
 KINDS = ("checkpoint", "ir", "gguf", "onnx")
 
@@ -36,12 +36,6 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free the model."""
-
-
-def default_threads() -> int:
-    """Threads where none are asked for: OMP_NUM_THREADS, or the cores this process may use."""
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return int(limit) if limit.isdigit() and int(limit) else len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,7 @@ def test_affine_with_fp16_scales_is_a_stock_type_as_it_is(bits: int, zero: int, 
     tensor = ir.Tensor(spec, arrays)
     assert stock.choose(tensor) == name
     assert stock.expected_type(spec) == {2: "Q4_0", 4: "Q5_0", 8: "Q8_0"}[bits]  # the largest, whatever the zero points
+    assert stock.expected_type(spec, symmetric=True) == {2: "Q4_0", 4: "Q4_0", 8: "Q8_0"}[bits]
     assert stock.expects_first(spec) == (bits != 4)
     _exactly(tensor, name)
     if bits == 8:
