@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 
-_LIMIT = 1 << 20
+_LIMIT = 1 << 18
 _OPTIONS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 """Variable by which a user sets an option of glibc's -> its number in malloc.h."""
 
 
 def return_freed_memory() -> None:
-    """Let freed blocks of a megabyte or more go back to the system at once, in this process from now on.
+    """Let freed blocks of a quarter of a megabyte or more go back to the system at once, in this process from now on.
 
     By default glibc raises that limit, up to 32 MiB, as such blocks are freed, and keeps smaller ones for later: a
     model's block after the other then leaves ever more memory behind that nothing holds. It costs some system time.
