@@ -12,8 +12,8 @@ column, the growth of the proportional set size, as tools/measure.py takes it.
 From a peak that of a process is subtracted which imports the very modules that the run had imported by its end, and
 does nothing else: what is left is weights, statistics, activations, and what libraries allocate when they are used.
 
-`anyquant quantize` has glibc give freed blocks of a quarter of a megabyte or more back to the system at once; with --held it gives
-back those of 128 KiB. What lies between the two tables was free in the process; nothing held it.
+`anyquant quantize` has glibc give freed blocks of a quarter of a megabyte or more back to the system at once; with
+--held it gives back those of 128 KiB. What lies between the two tables was free in the process; nothing held it.
 
 A method passes if its peak grows by no more than --share of the bytes, in FP32, by which the model grows. CMPQ needs
 no gradients: the last lines say what it takes of what SKIM takes with gradients, of rows and of weights, and, which
