@@ -24,6 +24,7 @@ from typing import Any
 import fetch  # the script beside this one
 
 from anyquant.calibration import CalibrationSettings
+from anyquant.calibration.settings import IMPORTANCE
 from anyquant.checkpoint import Checkpoint, open_checkpoint
 from anyquant.console import table
 from anyquant.errors import AnyquantError
@@ -168,7 +169,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--calib", default="self", help="text of the calibration, or self [self]")
     parser.add_argument("--calib-windows", type=int, default=32)
     parser.add_argument("--calib-window", type=int, default=256)
-    parser.add_argument("--importance", default="gradient", choices=["gradient", "activation", "fisher"])
+    parser.add_argument("--importance", default="gradient", choices=IMPORTANCE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="threads [2]")
     parser.add_argument("--work-dir", type=Path, help="keep statistics and tables there")

@@ -52,6 +52,7 @@ class FisherPass(ForwardPass):
         few = rows_alone and not row_groups
         self.learned = min(windows, max(1, LEARNED_TOKENS // window)) if few else windows
         self._rows_alone, self._row_groups = rows_alone, row_groups
+        self._states: dict[int, torch.Tensor] = {}  # of the windows that are learned from, before each block
 
     def run(self) -> None:
         """Go through the model and back, and store the moments and gradients of every section.
@@ -89,7 +90,7 @@ class FisherPass(ForwardPass):
         if not hidden.requires_grad:  # the first block: the way back ends there
             hidden = hidden.detach().requires_grad_()
         needed = max(windows.stop for windows in call.batches(self.learned))
-        self.folder.save_states(number, hidden.detach()[:needed].numpy())
+        self._states[number] = self.empty((needed, *hidden.shape[1:])).copy_(hidden.detach()[:needed])
         forward, back = partial(self.block, number, call), partial(self._back, number, call)
         return _Streamed.apply(hidden, forward, back)  # type: ignore[no-untyped-call]
 
@@ -119,10 +120,10 @@ class FisherPass(ForwardPass):
         sums = self._sums(set() if done else self.wanted_in(number))
         parts = self.model.load(number)
         before = torch.zeros_like(gradient)
-        states = self.folder.load_states(number)
+        states = self._states.pop(number)
         with self.recording(parts, sums.product):
             for windows in call.batches(self.learned):
-                hidden = torch.tensor(states[windows]).requires_grad_()
+                hidden = states[windows].clone().requires_grad_()
                 with torch.enable_grad(), self.capture:
                     result = first(call(hidden, windows))
                 (before[windows],) = torch.autograd.grad(result, hidden, gradient[windows])
@@ -130,6 +131,5 @@ class FisherPass(ForwardPass):
         self.require_finite(before, f"the gradient at the input of block {number}")
         if not done and self.wanted_in(number):
             self.folder.save_gradients(number, sums.result())
-        self.folder.drop_states(number)
         self.progress("gradients", len(self.model.blocks) - number, len(self.model.blocks))
         return before

@@ -27,7 +27,7 @@ class BatchedCall:
         self._kwargs = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
         # Arguments laid out in another way than [windows or 1, ...] cannot be divided.
         self._divisible = _divisible([self._args, self._kwargs], self._windows)
-        tokens = min(TOKENS, FEW_TOKENS) if few else TOKENS
+        tokens = FEW_TOKENS if few else TOKENS
         self._step = max(1, tokens // hidden.shape[1]) if self._divisible else self._windows
 
     @staticmethod

@@ -33,7 +33,6 @@ from anyquant.errors import MachineError
 from anyquant.ir import sync, write_safetensors
 from anyquant.ir.safetensors_io import SafetensorsReader
 
-_STATES = ".states-{}.npy"
 _NAMED = 5
 """Matrices that a note names."""
 
@@ -50,7 +49,7 @@ class CalibrationFolder:
         self.folder = folder
         with _guarded(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for stale in (*folder.glob(".*.partial"), *folder.glob(_STATES.format("*"))):
+            for stale in folder.glob(".*.partial"):
                 stale.unlink()
 
     def about(self) -> dict[str, Any] | None:
@@ -112,21 +111,6 @@ class CalibrationFolder:
             os.posix_fallocate(file.fileno(), 0, max(1, 4 * math.prod(shape)))
             array: Floats = np.memmap(file, np.float32, "r+", shape=shape)
         return array
-
-    def save_states(self, block: int, states: Floats) -> None:
-        """Put hidden states aside, for the way back; they do not outlive this object's process."""
-        path = self.folder / _STATES.format(f"{block:04}")
-        with _guarded(path):
-            np.save(path, states)
-
-    def load_states(self, block: int) -> Floats:
-        """The hidden states of :meth:`save_states`, mapped from the disk."""
-        states: Floats = np.load(self.folder / _STATES.format(f"{block:04}"), mmap_mode="r")
-        return states
-
-    def drop_states(self, block: int) -> None:
-        """Forget them."""
-        (self.folder / _STATES.format(f"{block:04}")).unlink()
 
     def finish(self, wanted: Sequence[str]) -> Statistics:
         """Write the index, the notes and the fingerprint over all files: the calibration is complete."""

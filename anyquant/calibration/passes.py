@@ -38,10 +38,16 @@ class StreamedPass:
         "belongs to another model."
     )
     """What it means that activations are not finite, and what to do."""
-    few = False
-    """Whether batches are to take as little memory as they can."""
 
-    def __init__(self, model: StreamedModel, ids: torch.Tensor, wanted: set[str], progress: Progress) -> None:
+    def __init__(
+        self,
+        model: StreamedModel,
+        ids: torch.Tensor,
+        wanted: set[str],
+        progress: Progress,
+        *,
+        diagonals_alone: bool = False,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -49,8 +55,10 @@ class StreamedPass:
             ids: int64 [windows, window].
             wanted: names of the matrices to record.
             progress: called after each block.
+            diagonals_alone: whether of moments the diagonals are all that is wanted. They need no large batches.
         """
         self.model, self.ids, self.wanted, self.progress = model, ids, wanted, progress
+        self._diagonals_alone = diagonals_alone
         self._product: Product = _ignore
         self.capture = Capture(lambda x, readings, output: self._product(x, readings, output))
 
@@ -79,7 +87,9 @@ class StreamedPass:
         """
 
         def call(number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return block(number, BatchedCall(forward, args, kwargs, few=self.few), BatchedCall.hidden(args, kwargs))
+            return block(
+                number, BatchedCall(forward, args, kwargs, few=self._diagonals_alone), BatchedCall.hidden(args, kwargs)
+            )
 
         with self.model.calls(call), self.recording(parts, product), self.capture:
             return self.model.base(input_ids=self.ids, use_cache=False)
@@ -108,6 +118,10 @@ class StreamedPass:
             after()
         self.require_finite(states, f"the output of block {number}")
         return (states, *result[1:]) if isinstance(result, tuple) else states
+
+    def moment_sums(self, wanted: set[str]) -> MomentSums:
+        """Sums of what this pass records of inputs."""
+        return MomentSums(wanted, diagonals_alone=self._diagonals_alone)
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """Where the hidden states of all tokens are kept, float32."""
@@ -184,9 +198,8 @@ class ForwardPass(StreamedPass):
         diagonals_alone: bool = False,
     ) -> None:
         """As any pass; ``folder`` gets the moments section by section, and what it holds is not computed again."""
-        super().__init__(model, ids, wanted, progress)
-        self.folder, self._diagonals_alone = folder, diagonals_alone
-        self.few = diagonals_alone
+        super().__init__(model, ids, wanted, progress, diagonals_alone=diagonals_alone)
+        self.folder = folder
 
     def run(self) -> None:
         """Go through the model and store the moments of every section.
@@ -205,10 +218,6 @@ class ForwardPass(StreamedPass):
             output = self.through_blocks(parts, sums.product, self._only_block)
             self.finish_outside(sums, output)
         self.model.free(outside)
-
-    def moment_sums(self, wanted: set[str]) -> MomentSums:
-        """Sums of what this pass records of inputs."""
-        return MomentSums(wanted, diagonals_alone=self._diagonals_alone)
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """On disk, from where the system fetches what it has room for.

@@ -29,7 +29,6 @@ import torch
 from anyquant.calibration.batches import BatchedCall
 from anyquant.calibration.blocks import Parts, StreamedModel
 from anyquant.calibration.capture import Reading
-from anyquant.calibration.moments import MomentSums
 from anyquant.calibration.passes import Finished, StreamedPass
 from anyquant.calibration.run import torch_threads
 from anyquant.calibration.store import Floats, MatrixStatistics, Moment, Statistics
@@ -121,9 +120,9 @@ class _SequentialPass(StreamedPass):
         stored: Stored,
         progress: Progress,
     ) -> None:
-        super().__init__(model, torch.from_numpy(statistics.ids()), set(names), progress)
+        ids = torch.from_numpy(statistics.ids())
+        super().__init__(model, ids, set(names), progress, diagonals_alone=statistics.norms_alone)
         self._statistics, self._quantize, self._stored = statistics, quantize, stored
-        self.few = statistics.norms_alone
         self._left = dict.fromkeys(names)  # in this order
 
     def run(self) -> None:
@@ -136,7 +135,7 @@ class _SequentialPass(StreamedPass):
                 name = str(model.embedding)
                 self._settle([name], parts, partial(self._known, [name], []))
                 self._finish_early()
-            sums = self._sums(self.wanted_in(model.outside))
+            sums = self.moment_sums(self.wanted_in(model.outside))
             output = self.through_blocks(parts, sums.product, self._block)
             last = list(self._left)
             self._settle(last, [], lambda: self._known(last, self.outside_moments(sums, output)))
@@ -188,7 +187,7 @@ class _SequentialPass(StreamedPass):
         self, parts: Parts, names: list[str], call: BatchedCall, hidden: torch.Tensor
     ) -> dict[str, MatrixStatistics | None]:
         """What is known of a group of a block's matrices, with the moments of what they see now."""
-        sums = self._sums(set(names))
+        sums = self.moment_sums(set(names))
         every = self.ids.numel()
         # Matrices that saw each token once have seen all of a batch when they were called once.
         seen = [self._statistics.matrix(name) for name in names]
@@ -208,9 +207,6 @@ class _SequentialPass(StreamedPass):
                     call(hidden[windows], windows)
                 sums.flush()
         return self._known(names, sums.result())
-
-    def _sums(self, wanted: set[str]) -> MomentSums:
-        return MomentSums(wanted, diagonals_alone=self._statistics.norms_alone)
 
     def _known(self, names: list[str], moments: list[Moment]) -> dict[str, MatrixStatistics | None]:
         """What is known of some matrices; of those that nothing was recorded of, what the calibration saw."""

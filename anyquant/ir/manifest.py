@@ -56,8 +56,10 @@ class Manifest:
 
 
 def _error_json(name: str, error: float | None) -> str:
-    """Twelve characters whatever the error, so that the size of the file is known before the values."""
-    error = float(error or 0.0)
+    """Twelve characters whatever the error, or that it is unknown: the size of the file is known before the values."""
+    if error is None:
+        return "null".ljust(12)
+    error = float(error)
     if not 0 <= error < 9e99:
         raise AnyquantError(f"{name}: error {error!r} is not a number in 0..9e99")
     return f"{0.0 if error < 1e-99 else error:.6e}"  # a third digit of the exponent would be a thirteenth character
@@ -76,10 +78,9 @@ def _fixed_json(spec: Spec, quantized: bool, source_transposed: bool) -> str:
 
 def _line(name: str, entry: Entry, calibrated: bool) -> str:
     fixed = _fixed_json(entry.spec, entry.quantized, entry.source_transposed)
-    lost = f'"error": {_error_json(name, entry.error) if entry.quantized else "null"}'
+    lost = f'"error": {_error_json(name, entry.error or 0.0) if entry.quantized else "null"}'
     if calibrated and entry.quantized:
-        known = entry.output_error is not None
-        lost += f', "output_error": {_error_json(name, entry.output_error) if known else "null".ljust(12)}'
+        lost += f', "output_error": {_error_json(name, entry.output_error)}'
     return f'  {quoted(name)}: {fixed}, "sha256": "{entry.sha256 or _PLACEHOLDER_DIGEST}", {lost}}}'
 
 

@@ -5,7 +5,7 @@ All logarithms are natural: losses and divergences are in nats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,11 +22,11 @@ _CHUNK = 1 << 16
 T = TypeVar("T")
 
 
-def _over_rows(function: Callable[[slice], T], logits: NDArray[np.float32]) -> Iterator[T]:
+def _over_rows(function: Callable[[slice], T], logits: NDArray[np.float32]) -> list[T]:
     """The function's results for each chunk of rows, in order."""
     rows = max(1, _CHUNK // max(1, logits.shape[1]))
     chunks = [(slice(start, start + rows),) for start in range(0, logits.shape[0], rows)]
-    return in_order(function, chunks, default_threads())
+    return list(in_order(function, chunks, default_threads()))
 
 
 def log_normalizers(logits: NDArray[np.float32]) -> Floats:
@@ -38,15 +38,16 @@ def log_normalizers(logits: NDArray[np.float32]) -> Floats:
     Returns:
         [n] float64; NaN for a row that holds NaN or +Inf.
     """
+    result = np.empty(logits.shape[0])
 
-    def of(rows: slice) -> Floats:
+    def of(rows: slice) -> None:
         values = logits[rows].astype(np.float64)
         top = values.max(axis=1)
         with np.errstate(invalid="ignore"):
-            found: Floats = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
-        return found
+            result[rows] = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
 
-    return np.concatenate([np.empty(0), *_over_rows(of, logits)])
+    _over_rows(of, logits)
+    return result
 
 
 def token_losses(logits: NDArray[np.float32], ids: NDArray[np.int64], normalizers: Floats | None = None) -> Floats:
@@ -113,21 +114,21 @@ def compare_logits(
         raise ValueError(f"logits of shape {reference.shape} cannot be compared with {candidate.shape}")
     lse_p = log_normalizers(reference) if reference_normalizers is None else reference_normalizers
     lse_q = log_normalizers(candidate) if candidate_normalizers is None else candidate_normalizers
+    kl = np.empty(reference.shape[0])
 
-    def of(rows: slice) -> tuple[Floats, float, float, int]:
+    def of(rows: slice) -> tuple[float, float, int]:
         with np.errstate(invalid="ignore", over="ignore"):
             p, q = reference[rows].astype(np.float64), candidate[rows].astype(np.float64)
-            nonfinite = int(np.count_nonzero(~np.isfinite(q)))
-            scale, largest = np.abs(p).max(), np.abs(p - q).max()
+            found = float(np.abs(p - q).max()), float(np.abs(p).max()), int(np.count_nonzero(~np.isfinite(q)))
             p -= lse_p[rows, None]
             q -= lse_q[rows, None]
             # float64 rounding can leave -1e-16 where the two are equal.
-            return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0), float(largest), float(scale), nonfinite
+            kl[rows] = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+        return found
 
-    chunks = list(_over_rows(of, reference))
-    kl = np.concatenate([np.empty(0), *(chunk[0] for chunk in chunks)])
-    # np.max keeps a NaN, which must never look like a small difference.
-    largest, scale = (float(np.max([0.0, *(chunk[place] for chunk in chunks)])) for place in (1, 2))
+    chunks = np.array(_over_rows(of, reference), np.float64).reshape(-1, 3)
+    # NumPy's maximum keeps a NaN, which must never look like a small difference.
+    largest, scale, _ = chunks.max(axis=0, initial=0.0).tolist()
     top_p, top_q = reference.argmax(axis=1), candidate.argmax(axis=1)
     differs = top_p != top_q
     differences = []
@@ -135,4 +136,4 @@ def compare_logits(
         a, b = int(top_p[position]), int(top_q[position])
         gap = float(reference[position, a]) - float(reference[position, b])
         differences.append(TopDifference(window, int(position), a, b, gap, gap < tie_tolerance))
-    return WindowComparison(kl, differs, tuple(differences), largest, scale, sum(chunk[3] for chunk in chunks))
+    return WindowComparison(kl, differs, tuple(differences), largest, scale, int(chunks[:, 2].sum()))

@@ -29,13 +29,12 @@ def available() -> bool:
     return find_spec("auto_round") is not None
 
 
-def auto_round(bits: int, group: int = GROUP, *, steps: int | None = None) -> WholeModel:
+def auto_round(bits: int, group: int = GROUP) -> WholeModel:
     """AutoRound with a zero point: per group a scale in FP16 and a zero of the width of a code, as GPTQ stores them.
 
     Args:
         bits: of a code.
         group: columns that share a scale.
-        steps: for each block; None for its default.
     """
 
     def quantize(checkpoint: Checkpoint, ids: NDArray[np.int64], names: list[str]) -> dict[str, Floats]:
@@ -54,9 +53,7 @@ def auto_round(bits: int, group: int = GROUP, *, steps: int | None = None) -> Wh
         tuned, _ = package.AutoRound(
             model,
             tokenizer=load_tokenizer(checkpoint),
-            alg_configs=package.SignRoundConfig(
-                bits=bits, group_size=group, sym=False, **({} if steps is None else {"iters": steps})
-            ),
+            alg_configs=package.SignRoundConfig(bits=bits, group_size=group, sym=False),
             dataset=[{"input_ids": torch.from_numpy(window[None])} for window in ids],
             layer_config=others,
             nsamples=len(ids),

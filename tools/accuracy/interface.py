@@ -49,9 +49,7 @@ class Contender:
 
     def bits(self, shapes: Mapping[str, Shape]) -> float:
         """Stored bits per weight of a model with these matrices."""
-        weights = {name: out * columns for name, (out, columns) in shapes.items()}
-        total = sum(self.peer(name, shape).bits(shape) * weights[name] for name, shape in shapes.items())
-        return total / sum(weights.values())
+        return _mean(shapes, {name: self.peer(name, shape).bits(shape) for name, shape in shapes.items()})
 
     def quantize(self, name: str, weight: Floats, moment: Floats) -> Floats:
         """What stands for a matrix; see :class:`Peer`."""
@@ -74,5 +72,10 @@ class WholeModel:
 
     def bits(self, shapes: Mapping[str, Shape]) -> float:
         """Stored bits per weight of a model with these matrices."""
-        weights = [out * columns for out, columns in shapes.values()]
-        return sum(self.stored(s) * w for s, w in zip(shapes.values(), weights, strict=True)) / sum(weights)
+        return _mean(shapes, {name: self.stored(shape) for name, shape in shapes.items()})
+
+
+def _mean(shapes: Mapping[str, Shape], bits: Mapping[str, float]) -> float:
+    """The mean over matrices, each counted by its number of weights."""
+    weights = {name: out * columns for name, (out, columns) in shapes.items()}
+    return sum(bits[name] * weights[name] for name in shapes) / sum(weights.values())
