@@ -7,7 +7,8 @@ stay float. Weights are left as they are: an IR's are quantized already.
 
 Blocks lie along the reduction dimension of each product (the columns of a weight, the head dimension of Q and K, the
 tokens of A and V), as only then a product of two blocks is an integer dot product and one addition of exponents. The
-authors' simulation blocks the second operand along its last dimension instead: K^T along tokens, V along the head.
+authors' simulation blocks the second operand along its last dimension instead: K^T along tokens, V along the head
+(``axes="last"``).
 A block of V spans tokens, so within a window its exponent is known to the up to block - 1 tokens before the last one
 of the block; with a cache the open block is rounded anew for every token.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ _OPAQUE = {
 
 @dataclass
 class Caught:
-    """Products that were rounded since the context was entered, per decoder block.
+    """Products that were seen since the context was entered, per decoder block.
 
     Attributes:
         linear: of an activation with a weight.
@@ -110,8 +111,20 @@ def _powers_of_two(
     return (power(parts[0]), power(parts[1])), (power(-parts[0]), power(-parts[1]))
 
 
+def every_product(name: str) -> bool:
+    """Round the operands of all products."""
+    return True
+
+
 @contextmanager
-def quantized_activations(model: Any, name: str | ActivationFormat, block: int = 16) -> Iterator[Caught]:
+def quantized_activations(
+    model: Any,
+    name: str | ActivationFormat,
+    block: int = 16,
+    *,
+    products: Callable[[str], bool] = every_product,
+    axes: Literal["reduction", "last"] = "reduction",
+) -> Iterator[Caught]:
     """While this lasts, a model computes with quantized activations.
 
     Attention and experts are switched to their plain ("eager") implementation, in which all products are visible.
@@ -121,9 +134,13 @@ def quantized_activations(model: Any, name: str | ActivationFormat, block: int =
         model: a transformers ``PreTrainedModel`` that decodes, on any device.
         name: of the format, "bfp2" to "bfp8".
         block: elements that share an exponent, 16 or 32; not used where ``name`` is a format.
+        products: which to round the operands of, by the name of the weight in its block, such as
+            "self_attn.q_proj.weight"; Q K^T is "scores" and A V is "values". Experiments alone need it.
+        axes: along which operands of attention lie in blocks: the one summed over, or each one's last, which is what
+            the authors simulate.
 
     Yields:
-        The number of products rounded so far.
+        The number of products seen so far.
 
     Raises:
         UsageError: there is no such format.
@@ -157,7 +174,8 @@ def quantized_activations(model: Any, name: str | ActivationFormat, block: int =
     replaced = [vars(module).get("forward") for module in blocks]
     with _eager(model):
         for number, module in enumerate(blocks):
-            module.forward = partial(call, number, _Rounding(module, number, chosen), module.forward)
+            rounding = _Rounding(module, number, chosen, products, axes == "last")
+            module.forward = partial(call, number, rounding, module.forward)
         try:
             yield caught
         finally:
@@ -174,10 +192,17 @@ def quantized_activations(model: Any, name: str | ActivationFormat, block: int =
 class _Rounding(TorchFunctionMode):
     """Rounds the operands of all products of one decoder block that are no weights."""
 
-    def __init__(self, module: nn.Module, number: int, chosen: ActivationFormat) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        number: int,
+        chosen: ActivationFormat,
+        products: Callable[[str], bool],
+        last: bool,
+    ) -> None:
         super().__init__()
-        self._number, self._format = number, chosen
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self._number, self._format, self._products, self._last = number, chosen, products, last
+        self._weights = {part.untyped_storage().data_ptr(): name for name, part in module.named_parameters()}
         self._constants = {buffer.untyped_storage().data_ptr() for buffer in module.buffers()}
         self.linear = self.attention = 0
 
@@ -195,7 +220,8 @@ class _Rounding(TorchFunctionMode):
         storages = [operand.untyped_storage().data_ptr() for operand in operands]
         if not self._constants.isdisjoint(storages):  # rotary frequencies times positions
             return func(*args, **kwargs)
-        weights = [storage in self._weights for storage in storages]
+        weights = [self._weights.get(storage) for storage in storages]
+        name = weights[0] or weights[1] or ("values" if self.attention % 2 else "scores")
         if any(weights):
             self.linear += 1
         elif min(operand.ndim for operand in operands) >= 3:
@@ -205,15 +231,16 @@ class _Rounding(TorchFunctionMode):
             raise _invisible(
                 self._number, f"it multiplies {shapes}, neither of them a weight, and this is no attention"
             )
+        if not self._products(name):
+            return func(*args, **kwargs)
         positional = list(args)
-        for (at, name), operand, is_weight, reduced in zip(
-            places, operands, weights, (-1, -1 if func is _LINEAR else -2), strict=True
-        ):
-            value = operand if is_weight else self._rounded(operand, reduced)
+        second = -1 if func is _LINEAR or (self._last and not any(weights)) else -2
+        for (at, key), operand, weight, axis in zip(places, operands, weights, (-1, second), strict=True):
+            value = operand if weight else self._rounded(operand, axis)
             if at < len(args):
                 positional[at] = value
             else:
-                kwargs = {**kwargs, name: value}
+                kwargs = {**kwargs, key: value}
         return func(*positional, **kwargs)
 
     def _rounded(self, x: torch.Tensor, axis: int) -> torch.Tensor:

@@ -58,21 +58,29 @@ def write_bert() -> Callable[[Path, list[str]], None]:
 
 
 @pytest.fixture(scope="session")
-def tool(repository: Path, accuracy: Callable[[str], Any]) -> Iterator[ModuleType]:
-    """The script; its scripts and package are found beside it."""
+def script(repository: Path, accuracy: Callable[[str], Any]) -> Iterator[Callable[[str], ModuleType]]:
+    """script(name): a script of tools/; the scripts and the package beside it are found."""
     tools = repository / "tools"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(tools))
-        accuracy("systems")
-        spec = importlib.util.spec_from_file_location(
-            "anyquant_tools_benchmark_accuracy", tools / "benchmark_accuracy.py"
-        )
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"anyquant_tools_{name}", tools / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
+        sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
-        yield module
+        return module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tools))
+        accuracy("systems")
+        yield load
+
+
+@pytest.fixture(scope="session")
+def tool(script: Callable[[str], ModuleType]) -> ModuleType:
+    """benchmark_accuracy.py."""
+    return script("benchmark_accuracy")
 
 
 @pytest.fixture(scope="session")

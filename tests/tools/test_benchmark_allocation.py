@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,16 +20,8 @@ from anyquant.sweep import Point, Sweep
 
 
 @pytest.fixture(scope="module")
-def tool(repository: Path) -> ModuleType:
-    path = repository / "tools" / "benchmark_allocation.py"
-    spec = importlib.util.spec_from_file_location("anyquant_tools_benchmark_allocation", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    sys.modules.setdefault("fetch", sys.modules["anyquant_tools_fetch"])  # loaded by conftest.py
-    spec.loader.exec_module(module)
-    return module
+def tool(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("benchmark_allocation")
 
 
 def made_up(kl: list[list[float]], allocations: list[str]) -> Sweep:

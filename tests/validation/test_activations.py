@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from anyquant.validation.activations import quantized_activations, round_to_bfp
 from anyquant.validation.runners import RunnerSpec
 
 Make = Callable[..., Path]
+PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "scores", "values")
 IDS = [[5, 9, 300, 17, 200, 9, 41, 33, 2, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 380, 381]]  # 21: an odd last block
 
 
@@ -124,7 +125,14 @@ def logits(model: Any, ids: list[list[int]] = IDS) -> torch.Tensor:
     return result
 
 
-def slow_logits(model: Any, width: int, block: int, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def slow_logits(
+    model: Any,
+    width: int,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: Collection[str] = PARTS,
+    last: bool = False,
+) -> torch.Tensor:
     """The same by hooks on the layers and an attention of its own, rounded by NumPy's quantizer of weights."""
     from transformers.models.llama import modeling_llama
 
@@ -132,19 +140,24 @@ def slow_logits(model: Any, width: int, block: int, monkeypatch: pytest.MonkeyPa
         flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
         return torch.from_numpy(as_weights(flat, width, block)).reshape(x.shape)
 
+    def product(part: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if part not in parts:
+            return a @ b
+        return rounded(a) @ (rounded(b) if last else rounded(b.mT).mT)
+
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
         outputs = []
         for head in range(q.shape[1]):
             of = head // module.num_key_value_groups
-            scores = (rounded(q[:, head]) @ rounded(k[:, of]).mT) * scaling
+            scores = product("scores", q[:, head], k[:, of].mT) * scaling
             chances = torch.softmax(scores + mask[:, 0], dim=-1)
-            outputs.append(rounded(chances) @ rounded(v[:, of].mT).mT)
+            outputs.append(product("values", chances, v[:, of]))
         return torch.stack(outputs, dim=2), None
 
     with monkeypatch.context() as patched:
         patched.setattr(modeling_llama, "eager_attention_forward", attention)
         model.set_attn_implementation("eager")
-        linears = [layer for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
+        linears = [layer for name, layer in model.model.layers.named_modules() if name.rpartition(".")[2] in parts]
         hooks = [layer.register_forward_pre_hook(lambda _, args: (rounded(args[0]),)) for layer in linears]
         result = logits(model)
     for hook in hooks:
@@ -164,6 +177,19 @@ def test_a_model_computes_what_the_slow_way_computes(
     assert caught.linear == [7, 7]
     assert caught.attention == [2, 2]
     assert (found - logits(model)).abs().max() > 1e-2  # what was compared is not the float model
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_one_product_alone(part: str, last: bool, tiny_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_checkpoint("llama", hidden=72))
+    expected = slow_logits(model, 3, 16, monkeypatch, [part], last)
+    axes: Literal["last", "reduction"] = "last" if last else "reduction"
+    with quantized_activations(model, "bfp3", products=lambda name: part in name, axes=axes) as caught:
+        found = logits(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert caught.linear == [7, 7]  # all are seen, whatever is rounded
+    assert (found - logits(model)).abs().max() > 1e-4
 
 
 def test_the_model_is_left_as_it_was(tiny_llama: Path) -> None:
