@@ -43,6 +43,14 @@ CODE_BITS = (2, 3, 4)
 """Bits of a code: what methods with one width for all rows are asked for. Their counted bits follow."""
 
 SKIM_PAPER = "SKIM as published"
+SKIM_ABLATIONS = {
+    f"{SKIM_PAPER} but one width": "--allocation uniform",
+    f"{SKIM_PAPER} but widths by S-diag": "--set objective=diag",
+    f"{SKIM_PAPER} but unscaled": "--set scale=off",
+    f"{SKIM_PAPER} but gradients of rows": "--importance gradient",
+}
+"""Label -> what it changes of the published method: which part of it pays on this model."""
+
 SKIM_INDEX = "skim --count index"
 CMPQ_PAPER = "CMPQ as published"
 CLAQ_PAPER = "CLAQ as published"
@@ -104,6 +112,7 @@ def claims() -> list[System]:
     paper = "{} --profile paper"
     return [
         by_codes(SKIM_PAPER, 3, paper.format("skim"), "claim"),
+        *(by_codes(label, 3, f"{paper.format('skim')} {words}", "claim") for label, words in SKIM_ABLATIONS.items()),
         by_codes(SKIM_INDEX, 3, "skim", "claim"),
         by_codes(CMPQ_PAPER, 2, paper.format("cmpq"), "claim"),
         by_codes(CMPQ_PAPER, 2.2, paper.format("cmpq"), "claim"),
