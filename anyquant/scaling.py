@@ -41,11 +41,12 @@ def best_scale(weight: Floats, centroids: Floats, moment: Floats, scale: Floats,
 
 
 def gradient_scale(
-    weight: Floats, centroids: Floats, moment: Floats, scale: Floats, rows: Floats | None = None, steps: int = 100
+    weight: Floats, centroids: Floats, moment: Floats, scale: Floats, rows: Floats | None = None, steps: int = 400
 ) -> Floats:
     """The same by gradient steps, as the paper says: Adam on the logarithm of the scale, which keeps it positive.
 
-    The paper gives neither its rate nor its steps; here the rate falls from .01 to 0 along a half cosine.
+    The paper gives neither its rate nor its steps; here the rate falls from .05 to 0 along a half cosine, far enough to
+    arrive.
     """
     weighted = centroids if rows is None else centroids * rows[:, None]
     system = (centroids.T @ weighted).astype(np.float64) * moment
@@ -56,7 +57,7 @@ def gradient_scale(
         a = np.exp(logarithm)
         gradient = 2 * (system @ a - right) * a / unit
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        rate = 0.005 * (1 + np.cos(np.pi * step / steps))
+        rate = 0.025 * (1 + np.cos(np.pi * step / steps))
         logarithm -= rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-12)
     return stored_scale(np.exp(logarithm))
 

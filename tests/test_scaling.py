@@ -44,15 +44,23 @@ def test_the_closed_form_is_the_least_squares_solution(shape: tuple[int, int]) -
     np.testing.assert_array_equal(found, found.astype(np.float16).astype(np.float32))
 
 
-@pytest.mark.parametrize("solve", [best_scale, gradient_scale])
-def test_unlike_columns_are_found(solve: object) -> None:
-    weight, values, moment, true = problem(200, 16)
-    scale = solve(weight, values, moment, np.ones(16, np.float32))  # type: ignore[operator]
-    rows = np.ones(200)
+@pytest.mark.parametrize("shape", [(200, 16), (40, 130), (7, 1)])
+def test_unlike_columns_are_found_and_steps_arrive_where_the_closed_form_is(shape: tuple[int, int]) -> None:
+    weight, values, moment, true = problem(*shape)
     factor = np.exp(np.mean(np.log(true)))  # what the codebooks take over
-    assert loss(weight, values * factor, moment, scale, rows) < 0.5 * loss(
-        weight, values * factor, moment, np.ones(16), rows
-    )
+    rows = np.random.default_rng(1).uniform(0.5, 2, shape[0]).astype(np.float32)
+    before = np.ones(shape[1], np.float32)
+
+    def lost(scale: np.ndarray) -> float:
+        return loss(weight, values * factor, moment, scale, rows)
+
+    closed, stepped = (solve(weight, values, moment, before, rows) for solve in (best_scale, gradient_scale))
+    if shape[1] > 1:
+        assert lost(closed) < 0.01 * lost(before)
+        assert lost(stepped) < 1.2 * lost(closed)
+        np.testing.assert_allclose(stepped, closed, rtol=0.05)
+    else:  # one factor is the codebooks' alone
+        np.testing.assert_array_equal(closed, stepped)
 
 
 def test_columns_of_which_nothing_is_known_keep_their_scale() -> None:
