@@ -58,9 +58,10 @@ class Job:
         options: of the method.
         quantize_embeddings: whether embeddings and head are included.
         allocation: which units compete for bits: those of the whole "model", those of each "matrix", or none
-            ("uniform": all have the same level). Unless given it is the model, but each matrix where errors are
-            weighted by activations alone, which do not compare across matrices.
-        calibration: the texts that statistics are taken on; read by methods that need statistics alone.
+            ("uniform": all have the same level). Unless given it is the model, but each matrix where errors do not
+            compare across matrices: weighted by activations alone, or an order.
+        calibration: the texts that statistics are taken on, and what is recorded, unless it says so what the method
+            wants with these options; read by methods that need statistics alone.
         refine: whether codebooks and codes are refined for the outputs of their matrix once they are there.
         sequential: whether matrices are quantized in the order of the model, each for the inputs that it has with all
             those before it quantized.
@@ -91,8 +92,14 @@ class Job:
             raise UsageError(f"--sequential has no meaning for the method {self.method} here: it needs no text.")
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UsageError(f"--allocation is {self.allocation!r}, must be one of {', '.join(ALLOCATIONS)}.")
+        if self.allocation == "model" and not get_method(self.method).has_losses(self.settings):
+            raise UsageError(
+                f"--allocation model compares errors of all matrices; what {self.method} measures with these settings "
+                "is for use within a matrix alone. Leave it out: each matrix has its own budget then."
+            )
         if self.search not in SEARCHES or self.trials < 1:
             raise UsageError(f"--search is {self.search!r} with {self.trials} trials, must be greedy or tpe with some.")
+        object.__setattr__(self, "calibration", self.calibration.resolved(self._wanted_importance()))
         self.calibration.check()
         if not self.calibration.has_moments and self.needs_statistics:
             wanting = "--refine" if self.refine else get_method(self.method).wants_moments(self.settings)
@@ -102,6 +109,11 @@ class Job:
                     "go together: take --importance activation or gradient."
                 )
 
+    def _wanted_importance(self) -> str:
+        """What the calibration records unless it is told."""
+        wanted = get_method(self.method).defaults(self.settings).importance
+        return "activation" if self.refine and wanted == "norms" else wanted
+
     @property
     def settings(self) -> dict[str, Any]:
         """All settings of the method.
@@ -109,14 +121,15 @@ class Job:
         Raises:
             UsageError: a bad option.
         """
-        return get_method(self.method).settings(self.options, self.target.bits)
+        codes = self.target.bits if self.target.count == "index" else None
+        return get_method(self.method).settings(self.options, codes)
 
     @property
     def scope(self) -> str:
         """The allocation that was asked for, or the one that suits the importance."""
-        activations = self.needs_statistics and not self.has_gradients
-        default = get_method(self.method).defaults(self.settings).allocation
-        return self.allocation or default or ("matrix" if activations else "model")
+        method = get_method(self.method)
+        apart = self.needs_statistics and not (self.has_gradients and method.has_losses(self.settings))
+        return self.allocation or method.defaults(self.settings).allocation or ("matrix" if apart else "model")
 
     @property
     def needs_statistics(self) -> bool:

@@ -104,19 +104,20 @@ def measure(
             if progress:
                 progress(name, index + 1, len(forms.names))
         if statistics and job.has_gradients:
-            return _comparable(tables, [statistics.has_gradient(name) for name in forms.names])
+            sizes = [out * columns for out, columns in forms.shapes]
+            return _comparable(tables, sizes, [statistics.has_gradient(name) for name in forms.names])
     return tables
 
 
-def _comparable(tables: list[np.ndarray], learned: list[bool]) -> list[np.ndarray]:
-    """All tables in nats: a matrix of which no gradient is known counts as much for a row as the median matrix.
+def _comparable(tables: list[np.ndarray], sizes: list[int], learned: list[bool]) -> list[np.ndarray]:
+    """All tables in nats: a matrix of which no gradient is known counts as much for a weight as the median matrix.
 
-    Its own errors are relative; what they are scaled to is the error that a row has at its first level.
+    Its own errors are relative; what they are scaled to is the error that a weight has at the first level.
     """
-    rows = [float(table[:, 0].mean()) for table in tables]
-    known = [mean for mean, graded in zip(rows, learned, strict=True) if graded and mean > 0]
+    means = [float(table[:, 0].sum()) / size for table, size in zip(tables, sizes, strict=True)]
+    known = [mean for mean, graded in zip(means, learned, strict=True) if graded and mean > 0]
     typical = float(np.median(known)) if known else 1.0
     return [
         table if graded or mean <= 0 else table * (typical / mean)
-        for table, mean, graded in zip(tables, rows, learned, strict=True)
+        for table, mean, graded in zip(tables, means, learned, strict=True)
     ]

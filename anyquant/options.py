@@ -183,20 +183,17 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
     options |= more
     if rest["profile"]:
         options["profile"] = rest["profile"]
-    settings = chosen.settings(options, bits)
+    target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
+    settings = chosen.settings(options)
     if not chosen.needs_statistics(settings):
         refuse_unread(_CALIBRATION, f"has no meaning for the method {method} with these settings: it needs no text.")
     if rest["search"] == "greedy":
         refuse_unread(["trials"], "has no meaning without --search tpe.")
-    importance = rest["importance"] or chosen.defaults(settings).importance
-    if rest["refine"] and not rest["importance"] and importance == "norms":
-        importance = "activation"
     workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
-    target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
     if not rest["refine"]:
         refuse_unread(["row_groups"], "has no meaning without --refine.")
     calibration = CalibrationSettings(
-        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], importance, rest["row_groups"]
+        rest["calib"], rest["calib_windows"], rest["calib_window"], rest["seed"], rest["importance"], rest["row_groups"]
     )
     return Job(
         method,

@@ -47,7 +47,7 @@ class Plan:
         measured: whether errors were measured to mix forms.
         loss: what these forms lose by the errors that were measured: with gradients the expected rise of the loss, in
             nats per token, half the weighted squared error; without, the mean relative squared error. None where
-            nothing was measured.
+            nothing was measured, or something else.
         peak_memory: bytes of memory that quantizing needs, estimated from shapes.
         notes: what a user should know of matrices that the method cannot treat like all others.
     """
@@ -264,8 +264,10 @@ def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[floa
     return uniform[near[0][1]]
 
 
-def predicted_loss(job: Job, forms: Forms, tables: list[np.ndarray], chosen: Assignment) -> float:
+def predicted_loss(job: Job, forms: Forms, tables: list[np.ndarray], chosen: Assignment) -> float | None:
     """What an assignment loses by the tables of :func:`anyquant.measuring.measure`; see :class:`Plan`."""
+    if not forms.method.has_losses(forms.settings):
+        return None
     errors = sum(
         float(np.take_along_axis(table, levels[:, None].astype(np.int64), 1).sum())
         for table, levels in zip(tables, chosen, strict=True)

@@ -14,9 +14,9 @@ from anyquant import ir
 from anyquant.calibration import open_statistics
 from anyquant.checkpoint import open_checkpoint
 from anyquant.methods import get_method
-from anyquant.pipeline import held_back
 from anyquant.plugins import METHODS, plugins
 from anyquant.refinement import losses
+from anyquant.refinement.calibrated import held_back
 
 if TYPE_CHECKING:
     from tests.conftest import Result

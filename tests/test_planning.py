@@ -17,6 +17,7 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InfeasibleTarget, UsageError
 from anyquant.estimates import in_words, seconds
 from anyquant.job import Job, Target
+from anyquant.measuring import _comparable
 from anyquant.pipeline import run
 from anyquant.planning import Plan, feasible_bits, forms_of, plan
 from anyquant.workfolder import WorkFolder, work_folder
@@ -193,6 +194,71 @@ def test_what_measuring_takes_is_told_once(tiny_llama: Path, little: Calibration
 def test_a_budget_for_each_matrix_needs_rows_that_choose(tiny_llama: Path) -> None:
     with pytest.raises(UsageError, match=r"--allocation matrix .* the method block gives a matrix one"):
         plan(open_checkpoint(str(tiny_llama)), Job("block", Target(bits=4.6), allocation="matrix"))
+
+
+def test_matrices_without_gradients_count_by_their_weights() -> None:
+    """Whatever chooses a level, a row or the whole matrix, and however many there are."""
+    known = [np.array([[6.0, 2.0]]), np.array([[3.0, 1.0], [3.0, 2.0]])]
+    blind = [np.array([[40.0, 1.0]]), np.array([[0.5, 0.25]] * 20), np.zeros((1, 2))]
+    sizes, graded = [60, 60, 600, 60, 5], [True, True, False, False, False]
+    found = _comparable([*known, *blind], sizes, graded)
+    assert [table is before for table, before in zip(found, known, strict=False)] == [True, True]
+    for table, before, size in zip(found[2:4], blind, sizes[2:4], strict=False):
+        assert table[:, 0].sum() / size == pytest.approx(6 / 60)
+        np.testing.assert_allclose(table / table[0, 0], before / before[0, 0])
+    assert not found[4].any()
+
+
+@pytest.mark.parametrize("method", ["claq", "cmpq"])
+@pytest.mark.parametrize("bits", [2.7, 3.0, 3.3])
+def test_the_papers_palettes_are_for_bits_of_codes(method: str, bits: float, tiny_llama: Path) -> None:
+    """By all bytes a target takes any of the paper's widths: none between two palettes is out of reach."""
+    checkpoint = open_checkpoint(str(tiny_llama))
+    every = Job(method, Target(bits=bits), {"profile": "paper"})
+    assert every.settings["palette"] == "2,3,4"
+    low, high = feasible_bits(checkpoint, every)
+    few, many = (replace(every, options={"profile": "paper", "palette": palette}) for palette in ("2,3", "3,4"))
+    assert (low, high) == (feasible_bits(checkpoint, few)[0], feasible_bits(checkpoint, many)[1])
+    codes = Job(method, Target(bits=bits, count="index"), {"profile": "paper"}).settings["palette"]
+    assert codes == ("3,4" if bits >= 3 else {"claq": "2,4", "cmpq": "2,3"}[method])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "allocation"),
+    [
+        ("skim", {"profile": "paper"}, "matrix"), ("skim", {"objective": "full"}, "matrix"),
+        ("claq", {"profile": "paper"}, "matrix"), ("cmpq", {"allocation_rule": "norm"}, "matrix"),
+        ("claq", {}, "model"), ("skim", {}, "model"),
+    ],
+)  # fmt: skip
+def test_what_is_no_loss_is_none(
+    method: str, options: dict[str, Any], allocation: str, tiny_llama: Path, little: CalibrationSettings
+) -> None:
+    job = Job(method, Target(bits=5.0), options, calibration=little)
+    assert job.scope == allocation
+    result = plan(open_checkpoint(str(tiny_llama)), job)
+    assert (result.loss is None) == (allocation == "matrix")
+    if allocation == "matrix":
+        with pytest.raises(UsageError, match="is for use within a matrix alone"):
+            replace(job, allocation="model")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "refine", "importance"),
+    [
+        ("skim", {}, False, "gradient"), ("skim", {"profile": "paper"}, False, "fisher"),
+        ("cmpq", {}, False, "norms"), ("cmpq", {}, True, "activation"),
+        ("claq", {"profile": "paper"}, True, "activation"),
+    ],
+)  # fmt: skip
+def test_a_calibration_records_what_the_method_wants_unless_it_is_told(
+    method: str, options: dict[str, Any], refine: bool, importance: str
+) -> None:
+    job = Job(method, Target(bits=3.0), options, refine=refine)
+    assert job.calibration.importance == importance
+    assert job.calibration.identity()["importance"] == importance
+    told = Job(method, Target(bits=3.0), options, calibration=CalibrationSettings(importance="gradient"), refine=refine)
+    assert told.calibration.importance == "gradient"
 
 
 def test_experts_without_tokens_count_like_the_others(

@@ -54,6 +54,7 @@ def calibrate(
         MissingDependency: a dataset was asked for, and the package datasets is not installed.
         MachineError: the disk is full.
     """
+    settings = settings.resolved()
     settings.check()
     unknown = [name for name in names if name not in checkpoint.tensors]
     if unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class CalibrationSettings:
         seed: of the sampling, or of the choice of windows.
         importance: "norms" records the mean squares of the inputs x, E[x_j^2]; "activation" all their second moments,
             E[x x^T]; "gradient" also those of the gradients g of the loss at each output, E[g_i^2], on the first few
-            windows; "fisher" E[g_i^2 x_j^2] for each weight.
+            windows; "fisher" E[g_i^2 x_j^2] for each weight. None is what the method of a job wants, else "gradient".
         row_groups: of neighbouring rows, for each of which E[g^2 x x^T] is recorded as well, with g^2 the mean over the
             group; 0 for none. It takes gradients of all windows.
     """
@@ -46,8 +46,12 @@ class CalibrationSettings:
     windows: int = 32
     window: int = 256
     seed: int = 0
-    importance: str = "gradient"
+    importance: str | None = None
     row_groups: int = 0
+
+    def resolved(self, importance: str = "gradient") -> CalibrationSettings:
+        """With an importance: its own, or this one."""
+        return self if self.importance else replace(self, importance=importance)
 
     def check(self) -> None:
         """Refuse settings out of range, before anything is loaded.
@@ -59,7 +63,7 @@ class CalibrationSettings:
             value = getattr(self, name)
             if value < least:
                 raise UsageError(f"the calibration's {name} is {value}; it must be at least {least}")
-        if self.importance not in IMPORTANCE:
+        if self.importance is not None and self.importance not in IMPORTANCE:
             raise UsageError(f"--importance is {self.importance!r}; it is one of {', '.join(IMPORTANCE)}")
         if self.row_groups and self.importance in GRADIENT_FREE:
             raise UsageError(
@@ -99,7 +103,7 @@ class CalibrationSettings:
         Raises:
             InputError: the source is neither a readable file nor a possible dataset.
         """
-        identity: dict[str, Any] = {**asdict(self), "source": self.kind}
+        identity: dict[str, Any] = {**asdict(self.resolved()), "source": self.kind}
         if self.kind == "text":
             try:
                 identity["sha256"] = hashlib.sha256(Path(self.source).read_bytes()).hexdigest()

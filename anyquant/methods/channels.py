@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anyquant.calibration import MatrixStatistics
 
 Bools = NDArray[np.bool_]
-PALETTE_HELP = "widths on offer: a list such as 2,4; auto for all; paper for those of the paper, by the target's bits"
+PALETTE_HELP = "widths on offer: a list such as 2,4; auto for all; paper for the paper's, by --bits with --count index"
 
 _SLOPE = 0.125  # by how much the first upgrade of a stage is worth more than the last
 _MARGIN = 1.5  # by how much a stage is worth more than the next; above 1 + _SLOPE
@@ -106,7 +106,7 @@ def resolve_palette(method: str, settings: Mapping[str, Any], bits: float | None
     Args:
         method: its name, for messages.
         settings: with a ``palette``.
-        bits: of the target, where it has bits.
+        bits: of codes that are asked for, where the target says.
         paper: the paper's palettes below 3 bits, from 3 bits on, and where the bits are not known.
 
     Raises:

@@ -40,7 +40,7 @@ from anyquant.methods.channels import (
     widths_of,
 )
 from anyquant.methods.codebooks import excess, require_fp16, share
-from anyquant.methods.importance import chunks
+from anyquant.methods.importance import Importance, chunks
 from anyquant.methods.options import Option, complete
 from anyquant.methods.protocol import Floats, JobDefaults, LevelArray, Levels, Method, Settings
 
@@ -95,13 +95,21 @@ class ClaqMethod(Method):
     )
 
     def settings(self, options: Settings, bits: float | None = None) -> dict[str, Any]:
-        """Complete and check the options; the paper has widths 2 and 4 below 3 bits, 3 and 4 from there on.
+        """Complete and check the options; the paper has codes of 2 and 4 bits below 3, of 3 and 4 from there on.
 
         Raises:
             UsageError: unknown option or value.
         """
         settings = complete(self.name, self.options, options)
         return {**settings, "palette": resolve_palette(self.name, settings, bits, ("2,4", "3,4", "2,3,4"))}
+
+    def has_losses(self, settings: Settings) -> bool:
+        """Not where the table is an order."""
+        return bool(settings["allocation_rule"] == "gain")
+
+    def row_weights(self, weight: Floats, statistics: MatrixStatistics, settings: Settings) -> Floats | None:
+        """As they count in the clustering."""
+        return Importance(weight, statistics).by_rows() if settings["row_weights"] == "gradient" else None
 
     def defaults(self, settings: Settings) -> JobDefaults:
         """The paper knows no gradients, and no budget of the whole model, over which columns have no order."""

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.clustering import assign, kmeans
+from anyquant.errors import UsageError
 from anyquant.ir import CodebookSpec, Tensor
 from anyquant.methods.channels import (
     PALETTE_HELP,
@@ -95,18 +96,28 @@ class CmpqMethod(Method):
     )
 
     def settings(self, options: Settings, bits: float | None = None) -> dict[str, Any]:
-        """Complete and check the options; the paper has widths 2 and 3 below 3 bits, 3 and 4 from there on.
+        """Complete and check the options; the paper has codes of 2 and 3 bits below 3, of 3 and 4 from there on.
 
         Raises:
-            UsageError: unknown option or value.
+            UsageError: unknown option or value, or an exchange that has no width between two others.
         """
         settings = complete(self.name, self.options, options)
         exact = "2,3,4" if settings["exchange"] and bits == 3 else "3,4"
-        return {**settings, "palette": resolve_palette(self.name, settings, bits, ("2,3", exact, "2,3,4"))}
+        palette = resolve_palette(self.name, settings, bits, ("2,3", exact, "2,3,4"))
+        if settings["exchange"] and palette != "auto" and palette.count(",") < 2:
+            raise UsageError(
+                f"the option exchange of the method {self.name} is {settings['exchange']:g}, but the palette {palette} "
+                "has no width between two others: leave it out, or set a palette of three widths such as 2,3,4."
+            )
+        return {**settings, "palette": palette}
 
     def wants_moments(self, settings: Settings) -> str:
         """Nothing does."""
         return ""
+
+    def has_losses(self, settings: Settings) -> bool:
+        """Not where the table is an order."""
+        return bool(settings["allocation_rule"] == "gain")
 
     def defaults(self, settings: Settings) -> JobDefaults:
         """Norms of activations alone, by which matrices do not compare."""

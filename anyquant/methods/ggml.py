@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _AUTO = {
-    256: ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
+    256: ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
     32: ("MXFP4", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
 }
 """What rows of a multiple of so many weights are offered: no type that another of at most its bytes outdoes."""

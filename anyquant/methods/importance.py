@@ -89,6 +89,13 @@ class Importance:
         part = self.all(rows)
         return part if self.of_rows is None else part * self.of_rows[self._numbers[rows], None]
 
+    def by_rows(self) -> Floats | None:
+        """What a row counts by its gradients, float32 [out], up to a factor; None where none is known."""
+        if self._values.ndim == 1:
+            return self.of_rows
+        rows: Floats = self._values.mean(axis=1, dtype=np.float64).astype(np.float32)
+        return rows
+
     def scale(self, weight: Floats) -> float:
         """What weighted errors are multiplied with, so that they compare across matrices as well as they can.
 

@@ -82,7 +82,7 @@ class Method(Protocol):
 
         Args:
             options: name -> value; see :func:`anyquant.methods.options.complete`.
-            bits: of the target, where it has bits: some papers choose by it.
+            bits: of codes that are asked for, where that is what the target counts: some papers choose by it.
 
         Raises:
             UsageError: an option that is unknown to the method or out of range.
@@ -96,6 +96,17 @@ class Method(Protocol):
     def wants_moments(self, settings: Settings) -> str:
         """What with these settings needs E[x x^T] of the inputs and not just its diagonal, in words; "" for nothing."""
         return self.name
+
+    def has_losses(self, settings: Settings) -> bool:
+        """Whether ``errors`` are weighted squared errors of weights, and not an order or what else spreads bits.
+
+        Half their sum over a model is an expected rise of the loss where gradients weight them.
+        """
+        return True
+
+    def row_weights(self, weight: Floats, statistics: MatrixStatistics, settings: Settings) -> Floats | None:
+        """What errors of each row count, float32 [out], where codebooks of columns are refined; None: all the same."""
+        return None
 
     def defaults(self, settings: Settings) -> JobDefaults:
         """What a job does with these settings unless it is told."""

@@ -97,8 +97,12 @@ class SkimMethod(Method):
             return "--set objective=full"
         return f"--set scale={settings['scale']}" if settings["scale"] != "off" else ""
 
+    def has_losses(self, settings: Settings) -> bool:
+        """Not by L-full, which knows no gradients, so that it does not compare across matrices."""
+        return bool(settings["objective"] == "diag")
+
     def defaults(self, settings: Settings) -> JobDefaults:
-        """The paper weights by S-diag, and has a budget for each matrix, since L-full does not compare across them."""
+        """The paper weights by S-diag, and spreads bits within each matrix."""
         return JobDefaults("fisher", "matrix") if settings["profile"] == "paper" else JobDefaults()
 
     def levels(self, shape: tuple[int, int], settings: Settings) -> Levels:
@@ -123,6 +127,8 @@ class SkimMethod(Method):
             weights = importance.rows(rows, outliers)
             if moment is None:
                 errors[rows] = kmeans_errors(weight[rows], weights, [1 << width for width in widths])
+                if len(outliers):  # weights that are all 0 are taken for 1; rows of outliers alone lose nothing
+                    errors[rows][~weights.any(axis=1)] = 0
                 continue
             for level, width in enumerate(widths):
                 lost = (weight[rows] - _nearest(weight[rows], weights, width)) * (weights > 0)

@@ -254,6 +254,19 @@ def test_columns_with_outliers_come_first() -> None:
         assert steps.level.tolist() == [1] * 8
 
 
+def test_rows_count_in_refinement_as_in_clustering() -> None:
+    rng = np.random.default_rng(3)
+    weight, diagonal = rng.standard_normal((6, 9)).astype(np.float32), np.exp2(rng.uniform(-2, 2, 9)).astype(np.float32)
+    gradient = np.exp2(rng.uniform(-6, 2, 6)).astype(np.float32)
+    counted = gradient + 0.3 * gradient.mean()
+    best, none = METHOD.settings({}), METHOD.settings({"row_weights": "none"})
+    for gradients in (gradient, np.outer(gradient, diagonal)):  # of rows, and of each weight
+        rows = METHOD.row_weights(weight, stats(diagonal, gradients), best)
+        np.testing.assert_allclose(rows / rows.mean(), counted / counted.mean(), rtol=1e-5)
+        assert METHOD.row_weights(weight, stats(diagonal, gradients), none) is None
+    assert METHOD.row_weights(weight, stats(diagonal), best) is None
+
+
 def test_profiles() -> None:
     best, low, high = METHOD.settings({}), *(METHOD.settings({"profile": "paper"}, bits) for bits in (2.12, 3.1))
     assert best["palette"] == "auto"

@@ -184,6 +184,13 @@ def test_an_exchange_at_three_bits() -> None:
     assert METHOD.settings({"profile": "paper"}, 3.0)["palette"] == "3,4"
 
 
+@pytest.mark.parametrize("options", [{"palette": "3,4"}, {"profile": "paper"}])
+def test_an_exchange_needs_a_width_between(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="exchange of the method cmpq is 10, but the palette 3,4 has no width between"):
+        METHOD.settings({"allocation_rule": "norm", "exchange": 10.0, **options}, 3.3)
+    assert METHOD.settings({"allocation_rule": "norm", "exchange": 10.0})["palette"] == "auto"
+
+
 def test_gradients_change_nothing_but_the_scale() -> None:
     weight, diagonal = weights_of((30, 8)), moments(8)
     gradient = np.exp2(np.random.default_rng(2).uniform(-6, 2, 30)).astype(np.float32)

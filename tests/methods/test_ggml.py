@@ -145,7 +145,7 @@ def test_levels_are_the_bytes_of_the_specs(shape: tuple[int, int]) -> None:
     settings = METHOD.settings({})
     levels = METHOD.levels(shape, settings)
     assert (levels.units, levels.overhead) == (1, 0)
-    assert levels.count == (10 if shape[1] % 256 == 0 else 6)
+    assert levels.count == (12 if shape[1] % 256 == 0 else 6)
     assert all(a < b for a, b in itertools.pairwise(levels.nbytes))
     for level, nbytes in enumerate(levels.nbytes):
         assert METHOD.spec(shape, np.array([level], np.uint8), settings).nbytes == nbytes
@@ -187,8 +187,9 @@ def test_matrices_that_rule_types_out_are_refused_or_named() -> None:
     settings = METHOD.settings({})
     [note] = METHOD.notes(shapes, settings)
     assert note == (
-        "3 of 4 matrices have rows of 96, 576 weights, no multiple of 256, and cannot take IQ2_XXS, IQ2_XS, IQ2_S, "
-        "IQ3_XXS, IQ3_S, IQ4_XS, Q4_K, Q5_K, Q6_K: they choose from MXFP4, IQ4_NL, Q4_1, Q5_0, Q5_1, Q8_0."
+        "3 of 4 matrices have rows of 96, 576 weights, no multiple of 256, and cannot take IQ1_S, IQ1_M, IQ2_XXS, "
+        "IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_XS, Q4_K, Q5_K, Q6_K: they choose from MXFP4, IQ4_NL, Q4_1, Q5_0, Q5_1, "
+        "Q8_0."
     )
     assert METHOD.notes({"a": (64, 1536)}, settings) == []
     assert METHOD.notes(shapes, METHOD.settings({"types": SHORT})) == []

@@ -73,6 +73,58 @@ def test_tables_hold_what_the_tensors_lose(shape: tuple[int, int], importance: s
         assert (np.abs(found - table[:, width]) <= slack + 1e-9 * table[:, width]).all()
 
 
+@pytest.mark.parametrize("shape", [(5, 75), (1, 64), (4, 33)])
+@pytest.mark.parametrize("importance", ["activation", "gradient", "fisher"])
+def test_tables_by_outputs_hold_what_the_outputs_lose(shape: tuple[int, int], importance: str) -> None:
+    """L-full: d^T E[x x^T] d of each row's error d, times what the row's gradient says where that is known."""
+    weight, rng = weights_of(shape), np.random.default_rng(4)
+    x = rng.standard_normal((300, shape[1])) @ rng.standard_normal((shape[1], shape[1]))
+    moment = (x.T @ x / len(x)).astype(np.float32)
+    gradients = np.exp2(rng.uniform(-6, 2, shape)).astype(np.float32)
+    known = stats(moment, {"activation": None, "gradient": gradients[:, 0].copy(), "fisher": gradients}[importance])
+    chosen = METHOD.settings({"objective": "full", "shared": 0.0})
+    counts = gradients[:, 0] if importance == "gradient" else np.ones(shape[0])
+    table = METHOD.errors(weight, known, chosen)
+    found = np.empty(table.shape)
+    for width in range(table.shape[1]):
+        values = ir.dequantize(METHOD.quantize(weight, np.full(shape[0], width, np.uint8), known, chosen))
+        for i, lost in enumerate(weight.astype(np.float64) - values):
+            found[i, width] = counts[i] * (lost @ moment.astype(np.float64) @ lost)
+    # Of activations alone errors are relative, by the factor that makes those by weights compare.
+    factor = table[0, 0] / found[0, 0]
+    assert importance == "activation" or factor == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(table, factor * found, rtol=1e-4, atol=1e-9 * table.max())
+
+
+@pytest.mark.parametrize("how", ["closed", "gradient"])
+def test_a_factor_per_column_serves_the_outputs(how: str) -> None:
+    """Columns of unlike size, which no codebook of a row fits: the outputs lose less, at the same widths."""
+    rng = np.random.default_rng(5)
+    weight = (rng.standard_normal((40, 48)) * np.exp2(rng.uniform(-2, 2, 48))).astype(np.float32)
+    known = stats(np.ones(48, np.float32))
+    lost = {}
+    for scale in ("off", how):
+        chosen = METHOD.settings({"scale": scale})
+        tensor = METHOD.quantize(weight, np.full(40, 3, np.uint8), known, chosen)
+        assert (".input_scale" in tensor.arrays) == (scale != "off")
+        lost[scale] = float(((weight - ir.dequantize(tensor)) ** 2).sum())
+    assert lost[how] < 0.95 * lost["off"]
+
+
+def test_rows_of_outliers_alone_lose_nothing() -> None:
+    gradient = np.where(np.arange(10) == 2, np.float32(9), np.float32(1))
+    weight, known = weights_of((10, 40)), stats(np.ones(40, np.float32), gradient)
+    weight[2] = np.sign(weight[2]) * (1000 + np.abs(weight[2]))
+    chosen = METHOD.settings({"outliers": 10.0, "outlier_rule": "magnitude"})  # of ten rows: as many as a row has
+    table = METHOD.errors(weight, known, chosen)
+    assert not table[2].any()
+    assert (np.delete(table, 2, axis=0)[:, 0] > 0).all()
+    np.testing.assert_array_equal(
+        ir.dequantize(METHOD.quantize(weight, np.zeros(10, np.uint8), known, chosen))[2],
+        weight[2].astype(np.float16),
+    )
+
+
 def test_more_bits_never_hurt() -> None:
     errors = METHOD.errors(weights_of((6, 100)), stats(moments(100)), PLAIN)
     for before, after in itertools.pairwise(errors.T):

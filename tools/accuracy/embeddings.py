@@ -27,7 +27,7 @@ from anyquant.ir import Spec, Tensor
 from anyquant.methods import LevelArray, Levels, Method, get_method
 from anyquant.methods.options import parse
 from anyquant.methods.protocol import Floats, Settings
-from anyquant.pipeline import refined
+from anyquant.refinement.calibrated import refine_for
 from anyquant.reporting.environment import environment
 from anyquant.validation.texts import read_text
 
@@ -65,7 +65,9 @@ class Refined(Method):
     ) -> Tensor:
         """As the method, then refined."""
         tensor = self._method.quantize(weight, chosen, statistics, settings)
-        return refined(weight, tensor, statistics) if statistics else tensor
+        if statistics is None:
+            return tensor
+        return refine_for(weight, tensor, statistics, self._method.row_weights(weight, statistics, settings))
 
 
 def method_of(arguments: list[str]) -> tuple[Method, dict[str, Any], float]:
