@@ -96,7 +96,7 @@ def judge_of(store: Store) -> Judge:
     source = store.evaluated / SOURCE
     if not source.is_file():
         raise InputError(f"{store.evaluated} holds no measurement. Leave out --report to measure.")
-    return Judge(rows_of(store), Lost.load(source))
+    return Judge(rows_of(store), Lost.load(source), peers=store.about(store.calibrated).get("peers"))
 
 
 def measure(arguments: argparse.Namespace, found: Material, store: Store) -> None:

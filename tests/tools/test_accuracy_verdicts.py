@@ -73,6 +73,7 @@ def test_claims_of_the_papers(verdicts: Any, systems: Any) -> None:
             (f"{systems.KMEANS} @ 3 of codes", 1.0), (f"{systems.SKIM_PAPER} @ 3 of codes", skim),
             (f"{systems.CMPQ_PAPER} @ 2 of codes", 2.0), (f"{systems.CMPQ_PAPER} @ 2.2 of codes", cmpq),
             (f"{systems.CLAQ_PAPER} @ 2.05 of codes", claq), ("GPTQ 3 bits, per row", 1.5),
+            ("GPTQ 3 bits, per row, clipped", 1.9),
             (f"{systems.W6A6} @ 6 of codes", w6a6),
         ]  # fmt: skip
         rows = [row(verdicts, name, "claim", 3.0, 1.0, rise=rise) for name, rise in made]
@@ -82,6 +83,17 @@ def test_claims_of_the_papers(verdicts: Any, systems: Any) -> None:
     # The gap of k-means is e - 1 = 1.718 times the source's perplexity; 84 % of it leave 1 + 1.443 times.
     assert claims(np.log(2.44), 2 + np.log(0.69), 1.4, np.log(1.019)) == [True] * 4
     assert claims(np.log(2.45), 2 + np.log(0.71), 1.6, np.log(1.021)) == [False] * 4
+
+
+def test_who_was_not_measured_is_not_beaten(verdicts: Any) -> None:
+    shape = (WINDOWS, 5)
+    source = verdicts.Lost(np.full((WINDOWS, 4), 3.0), np.zeros(shape), np.ones(shape, np.bool_))
+    rows = [row(verdicts, "ours", "method", 3.0, 0.1), row(verdicts, PEER, "peer", 3.297, 1.0)]
+    seen = outcomes(verdicts.Judge(rows, source, peers={PEER: 3.297, "another": 2.5, "a third": 3.5}))
+    assert seen[f"KL below {PEER} at 3.297 bits"] == ("better", True)
+    assert seen["KL below another at 2.500 bits"] == seen["KL below a third at 3.500 bits"] == ("not measured", False)
+    # The better one of two GPTQs may be the one that is missing.
+    assert seen["at 3.3 bits at most .6 of the KL of GPTQ, 3 bits, group 64"] == ("not measured", False)
 
 
 def test_seconds_are_those_from_scratch(verdicts: Any, systems: Any) -> None:

@@ -27,8 +27,6 @@ from anyquant.calibration.store import moments_file
 from anyquant.errors import CorruptFileError, InfeasibleTarget, InputError, MachineError
 from anyquant.ir import dequantize
 from anyquant.methods import Method
-from anyquant.reporting.estimate import Estimate
-from anyquant.validation.bootstrap import Bootstrap
 
 MOST_TOKENS = 256  # what the model was trained with
 _BATCH = 32
@@ -180,11 +178,6 @@ def distances(reference: Floats, embeddings: Floats) -> NDArray[np.float64]:
     return result
 
 
-def mean_distance(found: NDArray[np.float64], seed: int = 0, resamples: int = 1000) -> Estimate:
-    """The mean of distances with its 95 % interval, by bootstrap over sentences."""
-    return Bootstrap(len(found), resamples, seed).mean([found[i : i + 1] for i in range(len(found))])
-
-
 def by_peer(encoder: Encoder, contender: Contender, statistics: Mapping[str, MatrixStatistics]) -> dict[str, Floats]:
     """All matrices as a peer quantizes them."""
     return {name: contender.quantize(name, weight, statistics[name].full()) for name, weight in encoder.weights.items()}
@@ -199,6 +192,9 @@ def by_method(
 ) -> tuple[dict[str, Floats], float]:
     """All matrices as a method of anyquant quantizes them, with the bits spread over the whole model.
 
+    Errors are relative, as there is no loss to take gradients of. ``anyquant quantize`` would give each matrix the same
+    budget then; here that would leave methods with one level per matrix nothing to choose.
+
     Args:
         encoder: the model.
         method: of anyquant.
@@ -212,7 +208,7 @@ def by_method(
     Raises:
         InfeasibleTarget: fewer bits than the method can do with.
     """
-    settings = method.settings(options, bits)
+    settings = method.settings(options)
     names, shapes = list(encoder.weights), encoder.shapes
     levels = [method.levels(shapes[name], settings) for name in names]
     weights = sum(out * columns for out, columns in shapes.values())

@@ -9,7 +9,7 @@ import fetch  # the script tools/fetch.py
 
 from accuracy.encoder import unpack
 from accuracy.sources import dithered
-from accuracy.texts import write_texts
+from accuracy.texts import shared_lines, write_texts
 from anyquant.errors import UsageError
 
 DITHERED, STOCK, ENCODER = "dithered", "stock", "encoder"
@@ -54,7 +54,7 @@ def material(source: str, calibration: str, evaluation: Path | None, folder: Pat
         folder: for what is made.
 
     Raises:
-        UsageError: there is no such source or text, or both texts are the same.
+        UsageError: there is no such source or text, or the texts share lines.
     """
     known = source in WORDS
     if not known and not Path(source).exists():
@@ -71,6 +71,11 @@ def material(source: str, calibration: str, evaluation: Path | None, folder: Pat
         raise UsageError(f"--calib is {calibration!r}: neither wikipedia, news, self nor a file.")
     if calibration != "self" and Path(calibration).resolve() == evaluation.resolve():
         raise UsageError(f"{evaluation} is the text of the calibration and of the evaluation. Choose another.")
+    if calibration != "self" and (shared := shared_lines(Path(calibration), evaluation)):
+        raise UsageError(
+            f"{calibration} and {evaluation} have {len(shared)} lines in common, such as {min(shared)!r:.80}: what is "
+            "calibrated on cannot be measured on. Remove them from one of the two."
+        )
     if not known:
         return Material(Path(source).resolve().name, Path(source).resolve(), calibration, evaluation)
     if source == ENCODER:

@@ -85,7 +85,7 @@ class Benchmark:
         found = self._step("peers", "listing the peers", model=str(self._material.model))[0]
         for note in found["notes"]:
             self._say(note)
-        self._store.note(self._store.calibrated, notes=found["notes"])
+        self._store.note(self._store.calibrated, notes=found["notes"], peers=found["peers"])
         return dict(found["peers"])
 
     def source(self) -> None:

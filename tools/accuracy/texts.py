@@ -10,7 +10,7 @@ import bz2
 import hashlib
 import html
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,11 +18,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 from anyquant.errors import CorruptFileError, InputError, MachineError
-from anyquant.validation.texts import load_tokenizer, read_text, token_ids
+from anyquant.validation.texts import read_text
 
 WINDOW = 512
 WINDOWS = 60
-LEAST_TOKENS = 30_000
 _SHARE = 4  # one page in so many is for calibration
 _SHORT = 80  # characters; shorter lines are headings, captions, remains of tables
 _NEVER = ("Media", "File", "Image", "Category")
@@ -182,18 +181,14 @@ def sentences(text: str, count: int, *, seed: int = 0, least: int = 40, most: in
     return [found[i] for i in chosen]
 
 
-def token_count(path: Path, model: Path) -> int:
-    """Tokens of a text with the tokenizer of a model's folder.
+def shared_lines(first: Path, second: Path) -> set[str]:
+    """Lines that two texts have in common, but for white space: none, if they are disjoint.
 
     Raises:
-        InputError: the text or the tokenizer cannot be read.
+        InputError: one cannot be read.
     """
-    return len(token_ids(load_tokenizer(model), read_text(path)))
-
-
-def shared_lines(first: Iterable[str], second: Iterable[str]) -> set[str]:
-    """Lines that two texts have in common: none, if they are disjoint."""
-    return set(first) & set(second)
+    one, other = ({line.strip() for line in read_text(path).splitlines()} for path in (first, second))
+    return (one & other) - {""}
 
 
 def _until_stable(pattern: re.Pattern[str], replacement: str | Callable[[re.Match[str]], str], text: str) -> str:

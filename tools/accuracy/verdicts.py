@@ -6,7 +6,7 @@ interval that contains zero (of a ratio: one). A model whose answers are not fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,16 +79,27 @@ class Verdict:
 class Judge:
     """All systems of one source."""
 
-    def __init__(self, rows: Sequence[Row], source: Lost, *, resamples: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        source: Lost,
+        *,
+        peers: Mapping[str, float] | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> None:
         """Draw the resamples.
 
         Args:
             rows: the systems.
             source: what the unquantized model says of the text.
+            peers: the bits of all peers that there are, measured or not.
             resamples: of the bootstrap.
             seed: likewise.
         """
         self.rows, self._source = list(rows), source
+        names = {row.name for row in rows}
+        self._absent = {name: bits for name, bits in (peers or {}).items() if name not in names}
         self._boot = Bootstrap(len(source.kl), resamples, seed)
 
     @property
@@ -164,6 +175,7 @@ class Judge:
     def verdicts(self) -> list[Verdict]:
         """All targets of the benchmark."""
         found = [self._against(row) for row in self.rivals()]
+        found += [Verdict(self._below(*peer), "", UNKNOWN, False) for peer in self._absent.items()]
         if not found:
             found = [Verdict("a lower KL than every peer at its bits", "", UNKNOWN, False)]
         found.append(self._against_gptq())
@@ -175,7 +187,7 @@ class Judge:
         return found
 
     def _against(self, rival: Row) -> Verdict:
-        target = f"{'distance' if not self.has_text else 'KL'} below {rival.name} at {rival.bits:.3f} bits"
+        target = self._below(rival.name, rival.bits)
         best = self.best(rival.bits)
         if best is None:
             return Verdict(target, "no method of ours with as few bits", UNKNOWN, False)
@@ -183,9 +195,12 @@ class Judge:
         found = f"{best.name} ({best.bits:.3f} bits): {number(best.kl)} - {number(rival.kl)} = {interval(difference)}"
         return Verdict(target, found, outcome, outcome == BETTER)
 
+    def _below(self, name: str, bits: float) -> str:
+        return f"{'KL' if self.has_text else 'distance'} below {name} at {bits:.3f} bits"
+
     def _against_gptq(self) -> Verdict:
         target = "at 3.3 bits at most .6 of the KL of GPTQ, 3 bits, group 64"
-        rivals = [row for row in self.rows if row.name in GPTQ_AT_3 and np.isfinite(row.kl)]
+        rivals = [row for row in self._all_of(GPTQ_AT_3) if np.isfinite(row.kl)]
         best = self.best(3.3)
         if not rivals or best is None:
             return Verdict(target, "", UNKNOWN, False)
@@ -234,7 +249,7 @@ class Judge:
 
     def _ratio(self, target: str, name: str, others: Sequence[str], most: float) -> Verdict:
         """The perplexity of one by that of the best of others; where that is to be below 1, all of its interval."""
-        row, rivals = self._row(name), [found for other in others if (found := self._row(other))]
+        row, rivals = self._row(name), self._all_of(others)
         if row is None or not rivals:
             return Verdict(target, "", UNKNOWN, False)
         rival = min(rivals, key=lambda each: each.lost.losses.mean())
@@ -250,6 +265,11 @@ class Judge:
             return Verdict(target, "", UNKNOWN, False)
         slowest = max(rows, key=lambda row: row.seconds)
         return _judged(target, f"{slowest.name}: {slowest.seconds:.0f} s", slowest.seconds < most)
+
+    def _all_of(self, names: Sequence[str]) -> list[Row]:
+        """These systems; none if one was not measured, as the best of them may be that."""
+        found = [row for name in names if (row := self._row(name))]
+        return found if len(found) == len(names) else []
 
     def _row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
