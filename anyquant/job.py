@@ -40,6 +40,8 @@ class Target:
         """
         if (self.bits is None) == (self.size is None):
             raise UsageError("give exactly one of --bits and --size.")
+        if self.bits is not None:
+            object.__setattr__(self, "bits", float(self.bits))  # 3 is recorded as 3.0 is
         if self.bits is not None and not 0 < self.bits < 64:
             raise UsageError(f"--bits is {self.bits}, must be a positive number of bits per weight.")
         if self.bits is not None and self.size_of != "ir":

@@ -3,7 +3,8 @@
 Source: Zhang et al., "Revisiting Block-based Quantisation: What is Important for Sub-8-bit LLM Inference?"
 (arXiv 2310.05079), sections 3 and 4. In every decoder block the inputs of all linear layers and both operands of both
 attention products, Q K^T and A V, are rounded to block floating point; embeddings, norms, softmax and the output head
-stay float. Weights are left as they are: an IR's are quantized already.
+stay float, and so do biases and the sines of rotary positions, which the authors' code rounds to 8 bits. Weights are
+left as they are: an IR's are quantized already.
 
 Blocks lie along the reduction dimension of each product (the columns of a weight, the head dimension of Q and K, the
 tokens of A and V), as only then a product of two blocks is an integer dot product and one addition of exponents. The
