@@ -174,6 +174,7 @@ def quantize(
     from anyquant.planning import plan as work_out
     from anyquant.runtime.memory import return_freed_memory
     from anyquant.summary import mean_losses, plan_data, quantized_text
+    from anyquant.workfolder import beside
 
     if not resume:
         ir.refuse_existing(output)
@@ -182,9 +183,8 @@ def quantize(
     with ExitStack() as stack:
         work = None
         if work_dir or resume or job.needs_statistics:
-            beside = output.with_name(output.name + ".work")
-            folder = work_of(checkpoint, job, work_dir or beside, out, resume=resume, keep=work_dir is not None)
-            work = stack.enter_context(folder)
+            folder = work_dir or beside(output)
+            work = stack.enter_context(work_of(checkpoint, job, folder, out, resume=resume, keep=work_dir is not None))
         with out.progress("measuring") as progress:
             planned = work_out(checkpoint, job, work, progress, out.note)
         with out.progress("quantizing") as progress:

@@ -37,7 +37,7 @@ def peak_memory(checkpoint: Checkpoint, job: Job, forms: Forms, model: ir.Model)
     largest = max(4 * out * columns for out, columns in forms.shapes)
     # The weights and what they became; with statistics also the moment of the inputs, in FP64, and a product with it.
     held = 3 * largest
-    if job.needs_statistics and job.calibration.has_moments:
+    if job.needs_statistics and job.calibration_settings.has_moments:
         held += max(16 * columns**2 + 16 * out * columns for out, columns in forms.shapes)
     peak = _BASE + job.workers * (held + _WORKER)
     peak += max(entry.spec.nbytes for entry in model.entries.values())
@@ -50,17 +50,17 @@ def _calibration_memory(checkpoint: Checkpoint, job: Job) -> int:
     weights = sum(4 * prod(info.shape) for info in checkpoint.tensors.values())
     layers = max(1, _size(checkpoint, "num_hidden_layers", "n_layer"))
     hidden = _size(checkpoint, "hidden_size", "n_embd")
-    tokens = job.calibration.windows * job.calibration.window
+    tokens = job.calibration_settings.windows * job.calibration_settings.window
     # Of the hidden states of all tokens; those that wait for the next block lie on disk, unless it is sequential.
     copies = 5 if job.has_gradients else 3 if job.quantize_embeddings else 2 if job.sequential else 0
     states = copies * 4 * hidden * tokens
     embeddings = sum(4 * prod(checkpoint.tensors[name].shape) for name in checkpoint.embeddings())
     needed = embeddings + 3 * (weights - embeddings) // layers + states
-    if job.calibration.source == "self":
+    if job.calibration_settings.source == "self":
         heads = _size(checkpoint, "num_attention_heads", "n_head")
         width = _size(checkpoint, "head_dim") or hidden // max(1, heads)
         kept = 2 * 4 * layers * width * (_size(checkpoint, "num_key_value_heads") or heads)
-        documents = min(tokens, SAMPLED_TOKENS) * DOCUMENTS // job.calibration.window
+        documents = min(tokens, SAMPLED_TOKENS) * DOCUMENTS // job.calibration_settings.window
         drawing = _DRAWING * documents * _size(checkpoint, "vocab_size")
         needed = max(needed, weights + kept * min(tokens, SAMPLED_TOKENS) + drawing)
     return _BASE + _TORCH + needed
@@ -79,7 +79,7 @@ def seconds(checkpoint: Checkpoint, job: Job, forms: Forms, stages: Collection[s
     rates = {columns: _row_seconds(forms, columns) for columns in rows}
     measuring, quantizing = (sum(count * rates[columns][i] for columns, count in rows.items()) for i in (0, 1))
     found = {"errors": measuring / job.workers, "quantizing": quantizing / job.workers}
-    if job.needs_statistics and job.calibration.has_moments:  # what outputs lose, in FP64
+    if job.needs_statistics and job.calibration_settings.has_moments:  # what outputs lose, in FP64
         found["quantizing"] += sum(8 * out * columns**2 for out, columns in forms.shapes) / _multiplications()
     if job.refine:
         found["refining"] = sum(_REFINING * out * columns**2 for out, columns in forms.shapes) / _multiplications()
@@ -113,7 +113,7 @@ def _row_seconds(forms: Forms, columns: int) -> tuple[float, float]:
 
 
 def _calibration_seconds(checkpoint: Checkpoint, job: Job) -> float:
-    settings, shapes = job.calibration, [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
+    settings, shapes = job.calibration_settings, [checkpoint.tensors[name].shape for name in checkpoint.matrices()]
     tokens = settings.windows * settings.window
     few = 0 if settings.importance in GRADIENT_FREE else min(tokens, LEARNED_TOKENS)
     learned = tokens if settings.importance == "fisher" or settings.row_groups else few

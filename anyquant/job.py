@@ -11,6 +11,7 @@ from anyquant.calibration.settings import GRADIENT_FREE
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import UsageError
 from anyquant.methods import get_method
+from anyquant.workers import default_workers
 
 ALLOCATIONS = ("model", "matrix", "uniform")
 SEARCHES = ("greedy", "tpe")
@@ -61,9 +62,9 @@ class Job:
         quantize_embeddings: whether embeddings and head are included.
         allocation: which units compete for bits: those of the whole "model", those of each "matrix", or none
             ("uniform": all have the same level). Unless given it is the model, but each matrix where errors do not
-            compare across matrices: weighted by activations alone, or an order.
-        calibration: the texts that statistics are taken on, and what is recorded, unless it says so what the method
-            wants with these options; read by methods that need statistics alone.
+            compare across matrices: weighted by activations alone, of outputs without gradients, or an order.
+        calibration: the texts that statistics are taken on, and what is recorded of them; see
+            :attr:`calibration_settings`. Of no account where the method needs no statistics.
         refine: whether codebooks and codes are refined for the outputs of their matrix once they are there.
         sequential: whether matrices are quantized in the order of the model, each for the inputs that it has with all
             those before it quantized.
@@ -82,7 +83,7 @@ class Job:
     sequential: bool = False
     search: str = "greedy"
     trials: int = 64
-    workers: int = 1
+    workers: int = field(default_factory=default_workers)
 
     def __post_init__(self) -> None:
         """Check the allocation and the settings of the calibration, and that it records what is needed.
@@ -94,16 +95,15 @@ class Job:
             raise UsageError(f"--sequential has no meaning for the method {self.method} here: it needs no text.")
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UsageError(f"--allocation is {self.allocation!r}, must be one of {', '.join(ALLOCATIONS)}.")
-        if self.allocation == "model" and not get_method(self.method).has_losses(self.settings):
+        if self.allocation == "model" and not self.has_losses:
             raise UsageError(
                 f"--allocation model compares errors of all matrices; what {self.method} measures with these settings "
                 "is for use within a matrix alone. Leave it out: each matrix has its own budget then."
             )
         if self.search not in SEARCHES or self.trials < 1:
             raise UsageError(f"--search is {self.search!r} with {self.trials} trials, must be greedy or tpe with some.")
-        object.__setattr__(self, "calibration", self.calibration.resolved(self._wanted_importance()))
-        self.calibration.check()
-        if not self.calibration.has_moments and self.needs_statistics:
+        self.calibration_settings.check()
+        if not self.calibration_settings.has_moments and self.needs_statistics:
             wanting = "--refine" if self.refine else get_method(self.method).wants_moments(self.settings)
             if wanting:
                 raise UsageError(
@@ -111,10 +111,11 @@ class Job:
                     "go together: take --importance activation or gradient."
                 )
 
-    def _wanted_importance(self) -> str:
-        """What the calibration records unless it is told."""
+    @property
+    def calibration_settings(self) -> CalibrationSettings:
+        """The calibration with what it records: unless it says so, what the method wants with these options."""
         wanted = get_method(self.method).defaults(self.settings).importance
-        return "activation" if self.refine and wanted == "norms" else wanted
+        return self.calibration.resolved("activation" if self.refine and wanted == "norms" else wanted)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,9 +130,9 @@ class Job:
     @property
     def scope(self) -> str:
         """The allocation that was asked for, or the one that suits the importance."""
-        method = get_method(self.method)
-        apart = self.needs_statistics and not (self.has_gradients and method.has_losses(self.settings))
-        return self.allocation or method.defaults(self.settings).allocation or ("matrix" if apart else "model")
+        apart = self.needs_statistics and not (self.has_gradients and self.has_losses)
+        default = get_method(self.method).defaults(self.settings).allocation
+        return self.allocation or default or ("matrix" if apart else "model")
 
     @property
     def needs_statistics(self) -> bool:
@@ -141,7 +142,12 @@ class Job:
     @property
     def has_gradients(self) -> bool:
         """Whether gradients weight the errors, so that their sum is a rise of the loss in nats."""
-        return self.needs_statistics and self.calibration.importance not in GRADIENT_FREE
+        return self.needs_statistics and self.calibration_settings.importance not in GRADIENT_FREE
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether what is measured is a loss; see :meth:`anyquant.methods.Method.has_losses`."""
+        return get_method(self.method).has_losses(self.settings, str(self.calibration_settings.importance))
 
     def identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """All that statistics and measured errors depend on, as JSON: what a work folder belongs to."""
@@ -151,7 +157,7 @@ class Job:
             "method": self.method,
             "settings": self.settings,
             "quantize_embeddings": self.quantize_embeddings,
-            "calibration": self.calibration.identity() if self.needs_statistics else None,
+            "calibration": self.calibration_settings.identity() if self.needs_statistics else None,
         }
 
     def recorded_target(self) -> dict[str, Any]:

@@ -48,10 +48,10 @@ def statistics_of(
     if not job.needs_statistics:
         yield None
     elif work is not None:
-        yield calibrate(checkpoint, names, job.calibration, work.calibration, progress)
+        yield calibrate(checkpoint, names, job.calibration_settings, work.calibration, progress)
     else:
         with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
-            yield calibrate(checkpoint, names, job.calibration, Path(folder), progress)
+            yield calibrate(checkpoint, names, job.calibration_settings, Path(folder), progress)
 
 
 def calibration_record(settings: CalibrationSettings, statistics: Statistics | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,6 +169,7 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
     from anyquant.job import Job, Target
     from anyquant.methods import get_method
     from anyquant.methods.options import parse
+    from anyquant.workers import default_workers
 
     options: dict[str, Any] = {}
     if rest["block"]:
@@ -189,7 +189,6 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
         refuse_unread(_CALIBRATION, f"has no meaning for the method {method} with these settings: it needs no text.")
     if rest["search"] == "greedy":
         refuse_unread(["trials"], "has no meaning without --search tpe.")
-    workers = rest["workers"] or min(8, len(os.sched_getaffinity(0)))
     if not rest["refine"]:
         refuse_unread(["row_groups"], "has no meaning without --refine.")
     calibration = CalibrationSettings(
@@ -206,7 +205,7 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
         sequential=rest.get("sequential", False),
         search=rest["search"],
         trials=rest["trials"],
-        workers=workers,
+        workers=rest["workers"] or default_workers(),
     )
 
 

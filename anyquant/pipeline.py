@@ -57,7 +57,7 @@ def run(
             if resume:
                 remove_leftovers(output)
         statistics = stack.enter_context(statistics_of(checkpoint, job, names, work, progress))
-        model = with_calibration(planned.model, job.calibration, statistics)
+        model = with_calibration(planned.model, job.calibration_settings, statistics)
         done = _finished(model, output) if resume else None
         if done is not None:
             return done

@@ -163,7 +163,7 @@ def describe(checkpoint: Checkpoint, job: Job, settings: dict[str, Any], forms: 
         aliases=dict(checkpoint.aliases),
         files=checkpoint.side_files(),
         anyquant_version=__version__,
-        calibration=calibration_record(job.calibration) if job.needs_statistics else None,
+        calibration=calibration_record(job.calibration_settings) if job.needs_statistics else None,
     )
 
 
@@ -266,7 +266,7 @@ def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[floa
 
 def predicted_loss(job: Job, forms: Forms, tables: list[np.ndarray], chosen: Assignment) -> float | None:
     """What an assignment loses by the tables of :func:`anyquant.measuring.measure`; see :class:`Plan`."""
-    if not forms.method.has_losses(forms.settings):
+    if not job.has_losses:
         return None
     errors = sum(
         float(np.take_along_axis(table, levels[:, None].astype(np.int64), 1).sum())

@@ -17,6 +17,11 @@ def default_threads() -> int:
     return int(limit) if limit.isdigit() and int(limit) else len(os.sched_getaffinity(0))
 
 
+def default_workers() -> int:
+    """Units of work at a time where no number is asked for; each is a matrix in memory."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def in_order(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
     """Results of the calls in order, computed lazily on ``workers`` threads (NumPy lets go of the interpreter)."""
     with ThreadPoolExecutor(workers) as pool:

@@ -170,6 +170,11 @@ def temporary_work_folder(job: dict[str, Any]) -> Iterator[WorkFolder]:
         yield work
 
 
+def beside(output: Path) -> Path:
+    """The work folder of an output whose user has named none."""
+    return output.with_name(output.name + ".work")
+
+
 @contextmanager
 def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) -> Iterator[WorkFolder]:
     """Open or make a work folder, locked against other processes until the end of the context.

@@ -226,7 +226,7 @@ def test_the_papers_palettes_are_for_bits_of_codes(method: str, bits: float, tin
 @pytest.mark.parametrize(
     ("method", "options", "allocation"),
     [
-        ("skim", {"profile": "paper"}, "matrix"), ("skim", {"objective": "full"}, "matrix"),
+        ("skim", {"profile": "paper"}, "matrix"), ("skim", {"objective": "full"}, "model"),
         ("claq", {"profile": "paper"}, "matrix"), ("cmpq", {"allocation_rule": "norm"}, "matrix"),
         ("claq", {}, "model"), ("skim", {}, "model"),
     ],
@@ -255,10 +255,16 @@ def test_a_calibration_records_what_the_method_wants_unless_it_is_told(
     method: str, options: dict[str, Any], refine: bool, importance: str
 ) -> None:
     job = Job(method, Target(bits=3.0), options, refine=refine)
-    assert job.calibration.importance == importance
-    assert job.calibration.identity()["importance"] == importance
-    told = Job(method, Target(bits=3.0), options, calibration=CalibrationSettings(importance="gradient"), refine=refine)
-    assert told.calibration.importance == "gradient"
+    assert job.calibration_settings.importance == importance
+    told = replace(job, calibration=CalibrationSettings(importance="gradient"))
+    assert told.calibration_settings.importance == "gradient"
+
+
+def test_what_a_job_was_not_told_is_open_for_jobs_made_of_it() -> None:
+    job = Job("cmpq", Target(bits=3.0))
+    assert replace(job, refine=True).calibration_settings.importance == "activation"
+    assert replace(job, method="skim").calibration_settings.importance == "gradient"
+    assert replace(job, method="skim", options={"profile": "paper"}).calibration_settings.importance == "fisher"
 
 
 def test_experts_without_tokens_count_like_the_others(

@@ -49,18 +49,25 @@ def test_the_same_bytes_as_the_command_line(
 
 
 def test_a_work_folder_serves_the_next_target(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"Line {i} of a short text." for i in range(60)), encoding="utf-8")
+    short = anyquant.CalibrationSettings(str(text), windows=400, window=32)
     steps: list[str] = []
+    told: list[str] = []
     for bits in (3.4, 4.2):
-        job = anyquant.Job("skim", anyquant.Target(bits=bits), calibration=LITTLE)
+        job = anyquant.Job("skim", anyquant.Target(bits=bits), calibration=short)
         out = tmp_path / f"{bits}"
         anyquant.quantize(
-            tiny_llama, out, job, work_dir=tmp_path / "work", progress=lambda what, done, whole: steps.append(what)
-        )
-        assert ("sampling" in steps) == (bits == 3.4)
+            tiny_llama, out, job, work_dir=tmp_path / "work", progress=lambda what, done, whole: steps.append(what),
+            note=told.append,
+        )  # fmt: skip
+        assert ("moments" in steps) == (bits == 3.4)
         steps.clear()
         alone = anyquant.quantize(tiny_llama, tmp_path / f"{bits} alone", job)
         assert files(out) == files(tmp_path / f"{bits} alone")
         assert alone.quantized_bits <= bits
+    assert "errors" in told[0]
+    assert any(words.startswith("calibration: ") for words in told[1:])
 
 
 def test_refusals_leave_nothing(tiny_llama: Path, tmp_path: Path) -> None:

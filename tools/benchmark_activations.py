@@ -128,7 +128,9 @@ def run(source: Path, text: Path, windows: int, window: int, rows: Sequence[Roun
 
     models = {width: model_of(width) for width in {None, *(row.weights for row in rows)}}
     tokenizer = load_tokenizer(checkpoint, False)
-    cut, _ = cut_text(text, tokenizer, checkpoint.config, window=window, windows=windows, seed=0)
+    cut, notes = cut_text(text, tokenizer, checkpoint.config, window=window, windows=windows, seed=0)
+    for note in notes:
+        print(note, file=sys.stderr)
     found = [Answers([], []) for _ in (SOURCE, *rows)]
     for ids in cut.ids:
         exact = SOURCE.logits(models, ids)

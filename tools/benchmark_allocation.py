@@ -182,9 +182,9 @@ def main(arguments: list[str]) -> int:
     calibration = CalibrationSettings(
         chosen.calib, chosen.calib_windows, chosen.calib_window, chosen.seed, chosen.importance
     )
-    base = Job(chosen.method, Target(bits=1.0), calibration=calibration, workers=chosen.workers)
     measured = TextSettings(text, chosen.windows, chosen.window, chosen.seed)
     try:
+        base = Job(chosen.method, Target(bits=1.0), calibration=calibration, workers=chosen.workers)
         checkpoint = open_checkpoint(model)
         with ExitStack() as stack:
             work = None

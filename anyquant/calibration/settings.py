@@ -51,7 +51,7 @@ class CalibrationSettings:
 
     def resolved(self, importance: str = "gradient") -> CalibrationSettings:
         """With an importance: its own, or this one."""
-        return self if self.importance else replace(self, importance=importance)
+        return self if self.importance is not None else replace(self, importance=importance)
 
     def check(self) -> None:
         """Refuse settings out of range, before anything is loaded.

@@ -35,7 +35,7 @@ def entry_offsets(bits: np.ndarray) -> NDArray[np.int64]:
 
 
 def row_chunks(shape: tuple[int, ...], least: int = 1) -> Iterator[slice]:
-    """Slices of the first axis, each of a quarter of a million weights but ``least`` rows, that cover this shape."""
+    """Slices of the first axis that cover this shape, each of a quarter of a million weights or ``least`` rows."""
     if not shape:
         yield slice(None)
         return

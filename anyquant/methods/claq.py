@@ -103,7 +103,7 @@ class ClaqMethod(Method):
         settings = complete(self.name, self.options, options)
         return {**settings, "palette": resolve_palette(self.name, settings, bits, ("2,4", "3,4", "2,3,4"))}
 
-    def has_losses(self, settings: Settings) -> bool:
+    def has_losses(self, settings: Settings, importance: str) -> bool:
         """Not where the table is an order."""
         return bool(settings["allocation_rule"] == "gain")
 

@@ -115,7 +115,7 @@ class CmpqMethod(Method):
         """Nothing does."""
         return ""
 
-    def has_losses(self, settings: Settings) -> bool:
+    def has_losses(self, settings: Settings, importance: str) -> bool:
         """Not where the table is an order."""
         return bool(settings["allocation_rule"] == "gain")
 

@@ -97,10 +97,10 @@ class Method(Protocol):
         """What with these settings needs E[x x^T] of the inputs and not just its diagonal, in words; "" for nothing."""
         return self.name
 
-    def has_losses(self, settings: Settings) -> bool:
-        """Whether ``errors`` are weighted squared errors of weights, and not an order or what else spreads bits.
+    def has_losses(self, settings: Settings, importance: str) -> bool:
+        """Whether ``errors`` are squared errors weighted by all that ``importance`` records, and not an order.
 
-        Half their sum over a model is an expected rise of the loss where gradients weight them.
+        Half their sum over a model is an expected rise of the loss where gradients are among that.
         """
         return True
 

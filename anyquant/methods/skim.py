@@ -97,9 +97,9 @@ class SkimMethod(Method):
             return "--set objective=full"
         return f"--set scale={settings['scale']}" if settings["scale"] != "off" else ""
 
-    def has_losses(self, settings: Settings) -> bool:
-        """Not by L-full, which knows no gradients, so that it does not compare across matrices."""
-        return bool(settings["objective"] == "diag")
+    def has_losses(self, settings: Settings, importance: str) -> bool:
+        """L-full takes gradients of rows, but none of single weights."""
+        return bool(settings["objective"] == "diag" or importance != "fisher")
 
     def defaults(self, settings: Settings) -> JobDefaults:
         """The paper weights by S-diag, and spreads bits within each matrix."""

@@ -99,7 +99,7 @@ def search(
             limit,
             lambda chosen: loss(levels_of(chosen)),
             trials=job.trials,
-            seed=job.calibration.seed,
+            seed=job.calibration_settings.seed,
             start=positions,
             reach=_REACH,
             progress=progress,
@@ -122,7 +122,7 @@ class _Trials:
         ids = statistics.ids()
         ids = ids[: max(1, _TOKENS // ids.shape[1])]
         self._checkpoint, self._job, self._forms, self._statistics = checkpoint, job, forms, statistics
-        self._meter = Meter(checkpoint, Windows(ids, ids.size, len(ids), None), seed=job.calibration.seed)
+        self._meter = Meter(checkpoint, Windows(ids, ids.size, len(ids), None), seed=job.calibration_settings.seed)
         self._meter.run_source()
         self._made: dict[tuple[str, int], ir.Tensor] = {}
 

@@ -62,8 +62,8 @@ def sweep(
     if not jobs or any(job.identity(checkpoint) != jobs[0].identity(checkpoint) for job in jobs[1:]):
         raise UsageError(
             "the jobs of a sweep differ in target and allocation alone, and there is at least one. Settings that "
-            "follow from the target, such as the palette of claq and cmpq with --profile paper, have to be set: for "
-            "example --set palette=2,3,4."
+            "follow from the target, such as the palette of claq and cmpq with --profile paper and --count index, have "
+            "to be set: for example --set palette=2,3,4."
         )
     if any(job.sequential for job in jobs):
         raise UsageError("a sweep does not quantize in the order of the model: leave out sequential.")
@@ -109,7 +109,7 @@ def sweep(
         method=jobs[0].method,
         settings={**forms.settings, "quantize_embeddings": jobs[0].quantize_embeddings},
         loss_unit="nats" if jobs[0].has_gradients else "relative",
-        calibration=calibration_record(jobs[0].calibration, statistics) if statistics else None,
+        calibration=calibration_record(jobs[0].calibration_settings, statistics) if statistics else None,
         data=data,
         environment=environment(default_threads()),
         points=tuple(points),
@@ -119,7 +119,7 @@ def sweep(
 
 
 def _same_file(job: Job, text: TextSettings) -> bool:
-    calibration = job.calibration
+    calibration = job.calibration_settings
     return (
         job.needs_statistics
         and calibration.kind == "text"

@@ -129,7 +129,7 @@ def quantized_activations(
     """While this lasts, a model computes with quantized activations.
 
     Attention and experts are switched to their plain ("eager") implementation, in which all products are visible.
-    Every forward pass checks that both attention products of every decoder block it runs through were rounded.
+    Every forward pass checks that both attention products of every decoder block it runs through were seen.
 
     Args:
         model: a transformers ``PreTrainedModel`` that decodes, on any device.

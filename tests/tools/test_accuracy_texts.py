@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anyquant.errors import CorruptFileError, InputError
+from anyquant.errors import CorruptFileError, InputError, UsageError
 
 LONG = "This paragraph has to be long enough to count as prose, so it goes on and on for a while."
 
@@ -87,6 +87,21 @@ def test_sentences_come_from_different_lines(texts: Any) -> None:
     assert found != texts.sentences("\n".join(lines), 20, seed=1, least=20, most=60)
     with pytest.raises(InputError, match="30 lines"):
         texts.sentences("\n".join(lines), 31, least=20, most=60)
+
+
+def test_prose_that_two_texts_share_is_seen_and_refused(
+    texts: Any, accuracy: Callable[[str], Any], script: Callable[[str], Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text(f"History\n{LONG}\nThis is said here alone.\n", encoding="utf-8")
+    second.write_text(f"History\n  {LONG} \nThat is said there.\n", encoding="utf-8")
+    assert texts.shared_lines(first, second) == {LONG}
+    material = accuracy("material").material
+    with pytest.raises(UsageError, match="have 1 lines in common, such as 'This paragraph"):
+        material(str(tiny_llama), str(first), second, tmp_path)
+    second.write_text("History\nThat is said there.\n", encoding="utf-8")
+    assert not texts.shared_lines(first, second)  # headings are no prose
+    assert material(str(tiny_llama), str(first), second, tmp_path).evaluation == second
 
 
 @pytest.mark.slow

@@ -269,7 +269,7 @@ def test_every_system_is_a_command_that_anyquant_takes(
     assert jobs["skim --refine @ 3.3"].refine
     assert jobs["skim @ 3.3"].calibration.windows == 3
     paper = jobs[f"{systems.SKIM_PAPER} @ 3 of codes"]
-    assert (paper.target.count, paper.calibration.importance, paper.scope) == ("index", "fisher", "matrix")
+    assert (paper.target.count, paper.calibration_settings.importance, paper.scope) == ("index", "fisher", "matrix")
     assert jobs[f"{systems.KMEANS} @ 3 of codes"].scope == "uniform"
 
 

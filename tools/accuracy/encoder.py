@@ -193,7 +193,7 @@ def by_method(
     """All matrices as a method of anyquant quantizes them, with the bits spread over the whole model.
 
     Errors are relative, as there is no loss to take gradients of. ``anyquant quantize`` would give each matrix the same
-    budget then; here that would leave methods with one level per matrix nothing to choose.
+    budget then where a matrix has rows or columns that can share one.
 
     Args:
         encoder: the model.

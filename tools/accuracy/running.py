@@ -214,7 +214,7 @@ class Benchmark:
 
     def _statistics(self, job: Job, arguments: list[str]) -> Path:
         """The folder of a job's calibration, taken now unless it is there."""
-        identity = job.calibration.identity()
+        identity = job.calibration_settings.identity()
         folder = self._store.calibrated / "calibrations" / key(identity)
         known = {"importance": identity["importance"], "row_groups": identity["row_groups"]}
         return self._calibrate(folder, known, arguments=arguments)

@@ -49,7 +49,7 @@ def section(chapters: Sequence[Chapter]) -> str:
         "\u00b1 is a standard error and [ ] a 95 % interval, by bootstrap over windows; differences and ratios are "
         'paired, and a tie is an interval that contains zero. "Our best" is picked and compared on the same windows. '
         "Seconds are beyond the calibration: from scratch, or (in parentheses) with tables of errors that an earlier "
-        "target left. Memory is the peak of all processes. Calibration and evaluation texts share no line.",
+        "target left. Memory is the peak of all processes. Calibration and evaluation texts share no line of prose.",
     ]
     for chapter in chapters:
         parts += _chapter(chapter)

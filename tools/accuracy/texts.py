@@ -182,13 +182,15 @@ def sentences(text: str, count: int, *, seed: int = 0, least: int = 40, most: in
 
 
 def shared_lines(first: Path, second: Path) -> set[str]:
-    """Lines that two texts have in common, but for white space: none, if they are disjoint.
+    """Lines of prose that two texts have in common, but for white space: none, if they are disjoint.
+
+    Short ones are headings and the like, which any two texts may share.
 
     Raises:
         InputError: one cannot be read.
     """
     one, other = ({line.strip() for line in read_text(path).splitlines()} for path in (first, second))
-    return (one & other) - {""}
+    return {line for line in one & other if len(line) >= _SHORT}
 
 
 def _until_stable(pattern: re.Pattern[str], replacement: str | Callable[[re.Match[str]], str], text: str) -> str:

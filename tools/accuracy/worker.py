@@ -77,7 +77,7 @@ def take_statistics(task: Task) -> dict[str, Any]:
     """The calibration that a command of anyquant would take."""
     checkpoint = opened(task["model"])
     job = job_of(task["model"], task["arguments"])
-    found = calibrate(checkpoint, list(shapes_of(checkpoint)), job.calibration, Path(task["folder"]))
+    found = calibrate(checkpoint, list(shapes_of(checkpoint)), job.calibration_settings, Path(task["folder"]))
     return {"tokens": found.tokens, "notes": found.notes}
 
 
