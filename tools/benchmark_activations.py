@@ -32,7 +32,7 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.console import table
 from anyquant.errors import AnyquantError, UsageError
 from anyquant.reporting.words import number, with_error
-from anyquant.runtime.model import as_stored, model_from_state
+from anyquant.runtime.model import model_of
 from anyquant.validation.activation_formats import ActivationFormat
 from anyquant.validation.activations import every_product, quantized_activations, round_to_bfp
 from anyquant.validation.bootstrap import Bootstrap
@@ -118,15 +118,10 @@ def run(source: Path, text: Path, windows: int, window: int, rows: Sequence[Roun
     """Measure all rows on a window after the other; the source's answers come first."""
     checkpoint = open_checkpoint(str(source))
 
-    def model_of(width: int | None) -> Any:
-        tensors = as_stored(checkpoint.tensors, checkpoint.read, checkpoint.transposed)
-        model: Any = model_from_state(checkpoint.config, tensors, checkpoint.aliases, checkpoint.name)
-        model.eval()
+    models = {width: model_of(checkpoint) for width in {None, *(row.weights for row in rows)}}
+    for width, model in models.items():
         if width is not None:
             rounded_weights(model, width)
-        return model
-
-    models = {width: model_of(width) for width in {None, *(row.weights for row in rows)}}
     tokenizer = load_tokenizer(checkpoint, False)
     cut, notes = cut_text(text, tokenizer, checkpoint.config, window=window, windows=windows, seed=0)
     for note in notes:

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.clustering import kmeans_errors
 from anyquant.errors import UsageError
 from anyquant.ir import CodebookSpec, Tensor
-from anyquant.methods.codebooks import MOST_BITS, CodebookBuilder, largest, levels_of, offered_widths
+from anyquant.methods.codebooks import (
+    MOST_BITS,
+    CodebookBuilder,
+    clustering_errors,
+    largest,
+    levels_of,
+    offered_widths,
+)
 from anyquant.methods.importance import Importance, chunks
 from anyquant.methods.protocol import Floats, LevelArray, Levels
 
@@ -74,11 +80,7 @@ class Channels:
         """The least weighted squared error of each channel at each width, float64 [channels, widths], not scaled."""
         table = np.empty((len(self.values), len(widths)))
         for part in chunks(self.values):
-            counts = self.counts(part, removed)
-            table[part] = kmeans_errors(self.values[part], counts, [1 << width for width in widths])
-            if removed is not None:
-                # Clustering takes weights that are all 0 for 1: a channel of removed weights alone loses nothing.
-                table[part][~counts.any(axis=1)] = 0
+            table[part] = clustering_errors(self.values[part], self.counts(part, removed), widths)
         return table
 
     def most(self, score: Floats, count: int, removed: Bools | None = None) -> Bools:

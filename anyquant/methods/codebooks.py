@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from anyquant.clustering import kmeans_errors
 from anyquant.errors import InputError
 from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
 from anyquant.ir.packing import code_offsets, entry_offsets, pack, row_bytes
@@ -23,6 +26,21 @@ def offered_widths(length: int) -> tuple[int, ...]:
     """The widths 0 to 8; a codebook that makes its channel larger than FP16 is none of them, but for the first two."""
     wide = [width for width in range(2, MOST_BITS + 1) if channel_bytes(length, width) <= 2 * length]
     return (0, 1, *wide)
+
+
+def clustering_errors(values: Floats, counts: Floats, widths: Sequence[int]) -> NDArray[np.float64]:
+    """The least weighted squared error of channels at each width, float64 [channels, widths].
+
+    Clustering takes weights that are all 0 for 1; a channel of removed weights alone loses nothing.
+
+    Args:
+        values: float32 [channels, length].
+        counts: float32 [channels, length] or [length], what errors count; 0 where a weight was removed.
+        widths: of the codes.
+    """
+    errors = kmeans_errors(values, counts, [1 << width for width in widths])
+    errors[~counts.any(axis=-1)] = 0
+    return errors
 
 
 def levels_of(shape: tuple[int, int], axis: int, widths: tuple[int, ...], overhead: int) -> Levels:

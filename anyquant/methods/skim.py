@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.clustering import assign, kmeans, kmeans_errors
+from anyquant.clustering import assign, kmeans
 from anyquant.ir import FP16_MAX, CodebookSpec, Tensor
 from anyquant.methods.codebooks import (
     CodebookBuilder,
     channel_bytes,
+    clustering_errors,
     excess,
     largest,
     levels_of,
@@ -126,9 +127,7 @@ class SkimMethod(Method):
         for rows in chunks(weight):
             weights = importance.rows(rows, outliers)
             if moment is None:
-                errors[rows] = kmeans_errors(weight[rows], weights, [1 << width for width in widths])
-                if len(outliers):  # weights that are all 0 are taken for 1; rows of outliers alone lose nothing
-                    errors[rows][~weights.any(axis=1)] = 0
+                errors[rows] = clustering_errors(weight[rows], weights, widths)
                 continue
             for level, width in enumerate(widths):
                 lost = (weight[rows] - _nearest(weight[rows], weights, width)) * (weights > 0)

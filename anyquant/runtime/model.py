@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from anyquant.checkpoint import Checkpoint
+
 
 def checkpoint_tensors(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (checkpoint name, FP32 values) as the source checkpoint stores them; see :func:`as_stored`."""
@@ -85,6 +87,30 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    read: Callable[[str], np.ndarray] | None = None,
+    *,
+    where: str | None = None,
+    code_folder: Path | None = None,
+) -> PreTrainedModel:
+    """A checkpoint as a causal language model in FP32, in evaluation mode.
+
+    Args:
+        checkpoint: gives architecture and names.
+        read: gives the values of a name, matrices as [out, in]; the checkpoint's own unless given.
+        where: what messages call it; its name unless given.
+        code_folder: see :func:`model_from_state`.
+
+    Raises:
+        CorruptFileError: its tensors are not those of the architecture.
+        UnknownArchitecture: transformers has no such causal language model.
+    """
+    tensors = as_stored(checkpoint.tensors, read or checkpoint.read, checkpoint.transposed)
+    name = checkpoint.name if where is None else where
+    return model_from_state(checkpoint.config, tensors, checkpoint.aliases, name, code_folder=code_folder)
 
 
 def model_from_state(

@@ -196,7 +196,7 @@ class Meter:
 @contextmanager
 def _runner(checkpoint: Checkpoint, values: Values, name: str, trust_remote_code: bool) -> Iterator[TorchRunner]:
     """The checkpoint's architecture with other values, in PyTorch and FP32."""
-    from anyquant.runtime.model import as_stored, model_from_state
+    from anyquant.runtime.model import model_of
     from anyquant.validation.runners.torch import TorchRunner, quiet
 
     quiet()
@@ -208,10 +208,8 @@ def _runner(checkpoint: Checkpoint, values: Values, name: str, trust_remote_code
             waiting[found] = array
         return waiting.pop(wanted)
 
-    tensors = as_stored(checkpoint.tensors, read, checkpoint.transposed)
     code = _code_folder(checkpoint) if trust_remote_code else None
-    model = model_from_state(checkpoint.config, tensors, checkpoint.aliases, checkpoint.name, code_folder=code)
-    runner = TorchRunner(name, model)
+    runner = TorchRunner(name, model_of(checkpoint, read, code_folder=code))
     try:
         yield runner
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.job import Job, Target
 from anyquant.pipeline import run
 from anyquant.planning import plan
+from anyquant.validation import ValidationSettings
 
 SENTENCE = "The quick brown fox jumps over the lazy dog; number {0} said: what is the time? [x{0}] {1}\n"
 
@@ -31,6 +33,25 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(SENTENCE.format(i, i * i) for i in range(60)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def small_validation(tiny_ir: Path, tiny_text: Path, tiny_llama: Path) -> Callable[..., ValidationSettings]:
+    """small_validation(**more): of the tiny IR against its source, in this process, on few resamples."""
+
+    def settings(**more: Any) -> ValidationSettings:
+        return ValidationSettings(
+            model=tiny_ir,
+            text=tiny_text,
+            source=str(tiny_llama),
+            window=64,
+            resamples=50,
+            threads=1,
+            isolate=False,
+            **more,
+        )
+
+    return settings
 
 
 @pytest.fixture(scope="session")

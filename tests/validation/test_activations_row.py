@@ -27,20 +27,8 @@ IDS = [5, 9, 300, 17, 200, 9, 41, 33, 2, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 38
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_ir: Path, tiny_text: Path, tiny_llama: Path) -> ValidationSettings:
-    return ValidationSettings(
-        model=tiny_ir,
-        text=tiny_text,
-        source=str(tiny_llama),
-        activations="bfp5",
-        max_kl=1e-9,
-        window=64,
-        windows=3,
-        resamples=50,
-        generate=4,
-        threads=1,
-        isolate=False,
-    )
+def settings(small_validation: Callable[..., ValidationSettings]) -> ValidationSettings:
+    return small_validation(activations="bfp5", max_kl=1e-9, windows=3, generate=4)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,20 +22,9 @@ from anyquant.validation.results import Comparison
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_ir: Path, tiny_text: Path, tiny_llama: Path, tiny_gguf: Path) -> ValidationSettings:
+def settings(small_validation: Callable[..., ValidationSettings], tiny_gguf: Path) -> ValidationSettings:
     pytest.importorskip("xllamacpp")
-    return ValidationSettings(
-        model=tiny_ir,
-        text=tiny_text,
-        source=str(tiny_llama),
-        gguf=tiny_gguf,
-        window=64,
-        windows=5,
-        resamples=50,
-        generate=6,
-        threads=1,
-        isolate=False,
-    )
+    return small_validation(gguf=tiny_gguf, windows=5, generate=6)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from accuracy.interface import Floats, Shape, WholeModel
 from anyquant.calibration.tokens import load_tokenizer
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import MissingDependency
-from anyquant.runtime.model import as_stored, model_from_state
+from anyquant.runtime.model import model_of
 
 GROUP = 64
 WIDTHS = (2, 3, 4)
@@ -41,8 +41,7 @@ def auto_round(bits: int, group: int = GROUP) -> WholeModel:
         import torch
 
         package = _package()
-        tensors = as_stored(checkpoint.tensors, checkpoint.read, checkpoint.transposed)
-        model = model_from_state(checkpoint.config, tensors, checkpoint.aliases, checkpoint.name)
+        model = model_of(checkpoint)
         model.name_or_path = model.config.name_or_path = ""  # which it would look up on the hub
         kept = set(names)
         others = {

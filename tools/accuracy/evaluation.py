@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from accuracy.interface import Floats
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, MachineError
-from anyquant.runtime.model import as_stored, model_from_state
+from anyquant.runtime.model import model_of
 from anyquant.validation import texts
 from anyquant.validation.metrics import compare_logits, log_normalizers, token_losses
 
@@ -164,9 +164,7 @@ class _Running:
         from anyquant.validation.runners.torch import TorchRunner, quiet
 
         quiet()
-        tensors = as_stored(checkpoint.tensors, read, checkpoint.transposed)
-        model = model_from_state(checkpoint.config, tensors, checkpoint.aliases, checkpoint.name)
-        self._runner = TorchRunner(name, model, activations=activations)
+        self._runner = TorchRunner(name, model_of(checkpoint, read), activations=activations)
 
     def __enter__(self) -> _Running:
         return self

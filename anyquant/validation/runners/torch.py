@@ -111,11 +111,9 @@ def open_checkpoint_runner(spec: RunnerSpec) -> TorchRunner:
 def _load_gguf(path: str) -> PreTrainedModel:
     """A model with the values of a GGUF file, dequantized to float32."""
     from anyquant.checkpoint import open_checkpoint
-    from anyquant.runtime.model import as_stored, model_from_state
+    from anyquant.runtime.model import model_of
 
-    checkpoint = open_checkpoint(path)
-    tensors = as_stored(checkpoint.tensors, checkpoint.read, checkpoint.transposed)
-    return model_from_state(checkpoint.config, tensors, checkpoint.aliases, path)
+    return model_of(open_checkpoint(path), where=path)
 
 
 def quiet() -> None:
