@@ -11,10 +11,12 @@ import shutil
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +25,17 @@ from accuracy.interface import Contender, Floats, Shape
 from anyquant.allocation import Table, allocate
 from anyquant.calibration import MatrixStatistics
 from anyquant.calibration.folder import CalibrationFolder
-from anyquant.calibration.store import moments_file
+from anyquant.calibration.store import gradients_file, moments_file, read_array, read_metadata
 from anyquant.errors import CorruptFileError, InfeasibleTarget, InputError, MachineError
 from anyquant.ir import dequantize
-from anyquant.methods import Method
+from anyquant.ir.safetensors_io import SafetensorsReader
+from anyquant.job import Job
+from anyquant.methods import LevelArray, Levels, Method, get_method
+from anyquant.methods.protocol import Settings
+from anyquant.refinement.calibrated import refine_for
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_TOKENS = 256  # what the model was trained with
 _BATCH = 32
@@ -101,7 +110,13 @@ class Encoder:
 
     def embed(self, sentences: Sequence[str]) -> Floats:
         """Embeddings of length 1, float32 [sentences, hidden]."""
-        return self._run(sentences, nullcontext(), lambda: None)
+        import torch
+
+        result = np.empty((len(sentences), int(self._model.config.hidden_size)), np.float32)
+        with torch.no_grad():
+            for members, ids in _batches(self._tokens(sentences)):
+                result[members] = self._embedded(input_ids=ids).numpy()
+        return result
 
     @contextmanager
     def using(self, weights: Mapping[str, Floats]) -> Iterator[None]:
@@ -126,49 +141,93 @@ class Encoder:
                 for name in weights:
                     self._parameters[name].copy_(torch.from_numpy(self.weights[name]))
 
-    def statistics(self, sentences: Sequence[str], folder: Path) -> dict[str, MatrixStatistics]:
-        """Second moments of the inputs of all matrices, as methods of anyquant take them.
+    def calibrate(self, sentences: Sequence[str], folder: Path) -> int:
+        """Record the second moments of the inputs of all matrices, and what each of their rows counts.
+
+        A row counts by the mean over tokens of g^2, as anyquant takes it of a language model's loss. Here g is the
+        gradient of <v, embedding> with v normal and independent for each sentence: the mean of its square over v is the
+        curvature (Gauss-Newton) of half the squared distance between embeddings, which 1 - cosine is. The gradient of 1
+        - cosine itself is 0 at the source.
 
         Args:
             sentences: to calibrate on.
-            folder: keeps the moments; must outlive the result.
+            folder: keeps what is recorded, for :func:`statistics_in`.
+
+        Returns:
+            Tokens seen.
         """
+        import torch
+
         from anyquant.calibration.capture import Capture
+        from anyquant.calibration.gradients import GradientSums
         from anyquant.calibration.moments import MomentSums
         from anyquant.calibration.weights import Piece
 
-        sums = MomentSums(set(self._parameters))
-        capture = Capture(sums.product)
+        tokens = self._tokens(sentences)
+        seen = sum(map(len, tokens))
+        moments, gradients = MomentSums(set(self.weights)), GradientSums(set(self.weights), seen, rows_alone=True)
+
+        def both(*product: Any) -> None:
+            moments.product(*product)
+            gradients.product(*product)
+
+        capture = Capture(both)
         capture.watch((Piece(name, name, len(weight)), weight) for name, weight in self._parameters.items())
-        self._run(sentences, capture, sums.flush)
-        found, moments = CalibrationFolder(folder), sums.result()
-        found.save_moments(0, moments)
-        file = folder / moments_file(0)
-        return {
-            name: MatrixStatistics(moment.tokens, moment.diagonal, (file, f"{number}.moment"))
-            for number, moment in enumerate(moments)
-            for name in moment.names
-        }
+        words, random = self._model.get_input_embeddings(), torch.Generator().manual_seed(0)
+        with torch.enable_grad(), capture:
+            for _, ids in _batches(tokens):
+                start = words(ids).detach().requires_grad_()
+                embedded = self._embedded(inputs_embeds=start)
+                torch.autograd.grad((embedded * torch.randn(embedded.shape, generator=random)).sum(), start)
+                moments.flush()
+        found = CalibrationFolder(folder)
+        found.save_gradients(0, gradients.result())
+        found.save_moments(0, moments.result())
+        return seen
 
-    def _run(
-        self, sentences: Sequence[str], watching: AbstractContextManager[Any], after: Callable[[], None]
-    ) -> Floats:
-        import torch
+    def _tokens(self, sentences: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = self._tokenizer(
+            list(sentences), truncation=True, max_length=MOST_TOKENS, verbose=False
+        )["input_ids"]
+        return found
 
-        ids = self._tokenizer(list(sentences), truncation=True, max_length=MOST_TOKENS, verbose=False)["input_ids"]
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for number, tokens in enumerate(ids):
-            by_length[len(tokens)].append(number)
-        result = np.empty((len(ids), int(self._model.config.hidden_size)), np.float32)
-        with torch.no_grad(), watching:
-            for _, members in sorted(by_length.items()):
-                for start in range(0, len(members), _BATCH):
-                    part = members[start : start + _BATCH]
-                    hidden = self._model(input_ids=torch.tensor([ids[i] for i in part])).last_hidden_state
-                    after()
-                    mean = hidden.mean(dim=1)
-                    result[part] = torch.nn.functional.normalize(mean, dim=1).numpy()
-        return result
+    def _embedded(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings [batch, hidden] of sentences of one length."""
+        from torch.nn.functional import normalize
+
+        return normalize(self._model(**inputs).last_hidden_state.mean(dim=1), dim=1)
+
+
+def _batches(tokens: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Numbers of sentences of equal length, and their tokens [batch, length]."""
+    import torch
+
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for number, ids in enumerate(tokens):
+        by_length[len(ids)].append(number)
+    for _, members in sorted(by_length.items()):
+        for start in range(0, len(members), _BATCH):
+            part = members[start : start + _BATCH]
+            yield part, torch.tensor([tokens[number] for number in part])
+
+
+def statistics_in(folder: Path, *, gradients: bool) -> dict[str, MatrixStatistics]:
+    """What :meth:`Encoder.calibrate` recorded of each matrix; the files must outlive it.
+
+    Args:
+        folder: of the calibration.
+        gradients: whether they are wanted as well.
+    """
+    file, of_rows = folder / moments_file(0), folder / gradients_file(0)
+    known = SafetensorsReader(of_rows).entries if gradients else {}
+    return {
+        name: MatrixStatistics(
+            entry["tokens"], read_array(file, f"{number}.diagonal"), (file, f"{number}.moment"),
+            (of_rows, name) if name in known else None,
+        )
+        for number, entry in enumerate(read_metadata(file, "inputs"))
+        for name in entry["names"]
+    }  # fmt: skip
 
 
 def distances(reference: Floats, embeddings: Floats) -> NDArray[np.float64]:
@@ -184,55 +243,72 @@ def by_peer(encoder: Encoder, contender: Contender, statistics: Mapping[str, Mat
 
 
 def by_method(
-    encoder: Encoder,
-    method: Method,
-    options: Mapping[str, Any],
-    statistics: Mapping[str, MatrixStatistics],
-    bits: float,
+    encoder: Encoder, job: Job, statistics: Mapping[str, MatrixStatistics]
 ) -> tuple[dict[str, Floats], float]:
-    """All matrices as a method of anyquant quantizes them, with the bits spread over the whole model.
-
-    Errors are relative, as there is no loss to take gradients of. ``anyquant quantize`` would give each matrix the same
-    budget then where a matrix has rows or columns that can share one.
+    """All matrices as ``anyquant quantize`` would quantize them, if it knew such models.
 
     Args:
         encoder: the model.
-        method: of anyquant.
-        options: of the method; the rest are its defaults.
-        statistics: of every matrix.
-        bits: stored bits per weight, everything counted.
+        job: method, settings, bits, who shares them, and whether the result is refined.
+        statistics: of every matrix, as the job wants them.
 
     Returns:
-        Name -> float32 [out, in], and the bits per weight that were stored.
+        Name -> float32 [out, in], and the stored bits per weight, everything counted.
 
     Raises:
         InfeasibleTarget: fewer bits than the method can do with.
     """
-    settings = method.settings(options)
-    names, shapes = list(encoder.weights), encoder.shapes
-    levels = [method.levels(shapes[name], settings) for name in names]
-    weights = sum(out * columns for out, columns in shapes.values())
-    seen = [statistics[name] if method.needs_statistics(settings) else None for name in names]
-    tables = [
-        Table(level.nbytes, method.errors(encoder.weights[name], known, settings))
-        for name, level, known in zip(names, levels, seen, strict=True)
-    ]
-
-    def stored(chosen: Sequence[NDArray[np.uint8]]) -> float:
-        nbytes = sum(
-            level.overhead + int(np.asarray(level.nbytes, np.int64)[each].sum())
-            for level, each in zip(levels, chosen, strict=True)
-        )
-        return 8 * nbytes / weights
-
-    least, most = (stored([np.full(level.units, at % level.count, np.uint8) for level in levels]) for at in (0, -1))
+    method, settings, bits = get_method(job.method), job.settings, float(job.target.bits or 0)
+    known = {name: statistics[name] if job.needs_statistics else None for name in encoder.weights}
+    matrices = [_Matrix.of(name, method, weight, known[name], settings) for name, weight in encoder.weights.items()]
+    least, most = (_stored(matrices, [matrix.flat(at) for matrix in matrices]) for at in (0, -1))
     if bits < least:
         raise InfeasibleTarget(
             f"{method.name} needs at least {least:.3f} bits per weight for the encoder, not {bits:g}.", (least, most)
         )
-    chosen = allocate(tables, lambda each: stored(each) <= bits)
-    values = {
-        name: dequantize(method.quantize(encoder.weights[name], each, known, settings))
-        for name, each, known in zip(names, chosen, seen, strict=True)
-    }
-    return values, stored(chosen)
+    chosen: list[LevelArray] = []
+    for group in [matrices] if job.scope == "model" else [[matrix] for matrix in matrices]:
+        chosen += allocate([each.table for each in group], partial(_fits, bits, group))
+    values = {}
+    for matrix, levels in zip(matrices, chosen, strict=True):
+        weight, seen = encoder.weights[matrix.name], known[matrix.name]
+        tensor = method.quantize(weight, levels, seen, settings)
+        if job.refine and seen is not None:
+            tensor = refine_for(weight, tensor, seen, method.row_weights(weight, seen, settings))
+        values[matrix.name] = dequantize(tensor)
+    return values, _stored(matrices, chosen)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What there is to choose from for one matrix."""
+
+    name: str
+    levels: Levels
+    table: Table
+    weights: int
+
+    @classmethod
+    def of(
+        cls, name: str, method: Method, weight: Floats, known: MatrixStatistics | None, settings: Settings
+    ) -> _Matrix:
+        """With measured errors."""
+        levels = method.levels((weight.shape[0], weight.shape[1]), settings)
+        return cls(name, levels, Table(levels.nbytes, method.errors(weight, known, settings)), weight.size)
+
+    def flat(self, at: int) -> LevelArray:
+        """One level for all units."""
+        return np.full(self.levels.units, at % self.levels.count, np.uint8)
+
+
+def _fits(bits: float, matrices: Sequence[_Matrix], chosen: Sequence[LevelArray]) -> bool:
+    return _stored(matrices, chosen) <= bits
+
+
+def _stored(matrices: Sequence[_Matrix], chosen: Sequence[LevelArray]) -> float:
+    """Bits per weight."""
+    nbytes = sum(
+        matrix.levels.overhead + int(np.asarray(matrix.levels.nbytes, np.int64)[levels].sum())
+        for matrix, levels in zip(matrices, chosen, strict=True)
+    )
+    return 8 * nbytes / sum(matrix.weights for matrix in matrices)

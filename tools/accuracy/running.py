@@ -202,14 +202,14 @@ class Benchmark:
         }  # fmt: skip
 
     def _peers_statistics(self) -> Path:
-        """Moments of activations alone, which is what peers see."""
+        """Moments of activations, which is what peers see; of the encoder also what methods see."""
         if not self._material.is_encoder:
             arguments = ["--method", "skim", "--importance", "activation", "--bits", "4"]
             arguments += self._calibration.arguments()
             return self._statistics(job_of(str(self._material.model), arguments), arguments)
         folder = self._store.calibrated / "calibrations" / "encoder"
         return self._calibrate(
-            folder, {"importance": "activation"}, text=self._calibration.text, seed=self._calibration.seed
+            folder, {"importance": "gradient"}, text=self._calibration.text, seed=self._calibration.seed
         )
 
     def _statistics(self, job: Job, arguments: list[str]) -> Path:
