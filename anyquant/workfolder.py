@@ -176,6 +176,27 @@ def beside(output: Path) -> Path:
 
 
 @contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Make a folder, if there is none, and lock it against other processes until the end of the context.
+
+    Raises:
+        UsageError: another process holds it.
+        MachineError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("w")
+    except OSError as error:
+        raise MachineError(f"cannot make the work folder {path}: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"the work folder {path} is in use by another process.") from None
+        yield
+
+
+@contextmanager
 def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) -> Iterator[WorkFolder]:
     """Open or make a work folder, locked against other processes until the end of the context.
 
@@ -197,16 +218,7 @@ def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) ->
     begun = {_LOCK, _JOB + _PARTIAL}
     if not known.exists() and path.exists() and (not path.is_dir() or set(os.listdir(path)) - begun):
         raise UsageError(f"{path} exists and is not a work folder of anyquant's. Choose another --work-dir.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("w")
-    except OSError as error:
-        raise MachineError(f"cannot make the work folder {path}: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"the work folder {path} is in use by another process.") from None
+    with held(path):
         folder = WorkFolder(path)
         found = _read_json(known)
         if found is not None and found != job:

@@ -38,6 +38,7 @@ from accuracy.verdicts import Judge, Row
 
 from anyquant.errors import AnyquantError, InputError
 from anyquant.runtime import native
+from anyquant.workfolder import held
 
 CALIB_WINDOWS, CALIB_WINDOW = 64, 512
 _ORDER = (DITHERED, STOCK, ENCODER)
@@ -156,8 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
     native.install()
     store = store_of(arguments, arguments.source)
     if not arguments.report:
-        folder = arguments.work
-        measure(arguments, material(arguments.source, arguments.calib, arguments.text, folder), store)
+        with held(arguments.work):
+            found = material(arguments.source, arguments.calib, arguments.text, arguments.work)
+            measure(arguments, found, store)
     judge = judge_of(store)
     if arguments.output:
         write(arguments.output, section(chapters_of(arguments)))

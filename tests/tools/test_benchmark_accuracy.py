@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from anyquant.errors import AnyquantError, InfeasibleTarget, InputError, UsageError
+from anyquant.workfolder import held
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not care at all {}. "
 PEER = "GPTQ 3 bits, group 64"
@@ -230,6 +231,16 @@ def test_misuse_is_told(
     assert "holds no measurement" in capsys.readouterr().err
     same = measured.arguments[measured.arguments.index("--text") + 1]
     assert measured(tool, "--calib", same) == UsageError.exit_code
+
+
+def test_one_process_measures_at_a_time(
+    tool: ModuleType, measured: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Two would take each other's model for the one that they have made."""
+    with held(measured.work):
+        assert measured(tool) == UsageError.exit_code
+        assert "in use by another process" in capsys.readouterr().err
+        assert measured(tool, "--report") == 1
 
 
 def test_results_of_another_text_are_refused(
