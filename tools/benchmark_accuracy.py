@@ -22,6 +22,7 @@ import hashlib
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from accuracy.evaluation import Lost
 from accuracy.material import CALIBRATIONS, DITHERED, ENCODER, STOCK, Material, material
 from accuracy.running import SOURCE, Benchmark
 from accuracy.store import ABOUT, Store
-from accuracy.systems import CHAMPION, TARGETS, System, at_bits_of, chosen, matches, method, ours, peer
+from accuracy.systems import CHALLENGERS, TARGETS, System, at_bits_of, chosen, matches, method, ours, peer
 from accuracy.tables import Chapter, section, write
 from accuracy.texts import WINDOW, WINDOWS
 from accuracy.verdicts import Judge, Row
@@ -101,7 +102,7 @@ def judge_of(store: Store) -> Judge:
 
 
 def measure(arguments: argparse.Namespace, found: Material, store: Store) -> None:
-    """Run all that is missing; at last the champion with the bits of each peer that is not beaten yet."""
+    """Run all that is missing; at last what may beat each peer that is not beaten yet, at its bits."""
     calibration = Calibration(found.calibration, arguments.calib_windows, arguments.calib_window, arguments.seed)
     windows = windows_of(arguments, arguments.source)
     benchmark = Benchmark(found, store, calibration, windows, arguments.window, arguments.seed, _say)
@@ -112,10 +113,10 @@ def measure(arguments: argparse.Namespace, found: Material, store: Store) -> Non
     for number, system in enumerate(systems):
         _say(f"[{number + 1}/{len(systems)}] {system.name}")
         benchmark.system(system)
-    for rival in judge_of(store).unbeaten():
+    for rival, label in product(judge_of(store).unbeaten(), CHALLENGERS):
         # What was run for one rival may have beaten this one, too.
         if rival.name in [other.name for other in judge_of(store).unbeaten()]:
-            extra = method(CHAMPION, at_bits_of(rival.bits))
+            extra = method(label, at_bits_of(rival.bits))
             if not arguments.systems or matches(extra, arguments.systems):
                 _say(f"{extra.name}, for {rival.name}")
                 benchmark.system(extra)

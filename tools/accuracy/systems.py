@@ -15,7 +15,10 @@ TARGETS = (2.3, 2.5, 3.0, 3.3, 3.5, 4.0, 4.5)
 """Counted bits per weight that every method is asked for."""
 
 CHAMPION = "skim --refine"
-"""The method that is also asked for the bits of each peer that no other target beats."""
+"""The method that most peers are beaten by."""
+
+CHALLENGERS = (CHAMPION, "affine")
+"""Methods that are asked in turn for the bits of each peer that no other target beats."""
 
 METHODS = ("skim", CHAMPION, "claq", "cmpq", "block", "affine", "ggml")
 

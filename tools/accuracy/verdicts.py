@@ -196,10 +196,14 @@ class Judge:
         return Verdict(target, found, outcome, outcome == BETTER)
 
     def _below(self, name: str, bits: float) -> str:
-        return f"{'KL' if self.has_text else 'distance'} below {name} at {bits:.3f} bits"
+        return f"{self._loss} below {name} at {bits:.3f} bits"
+
+    @property
+    def _loss(self) -> str:
+        return "KL" if self.has_text else "distance"
 
     def _against_gptq(self) -> Verdict:
-        target = "at 3.3 bits at most .6 of the KL of GPTQ, 3 bits, group 64"
+        target = f"at 3.3 bits at most .6 of the {self._loss} of GPTQ, 3 bits, group 64"
         rivals = [row for row in self._all_of(GPTQ_AT_3) if np.isfinite(row.kl)]
         best = self.best(3.3)
         if not rivals or best is None:
