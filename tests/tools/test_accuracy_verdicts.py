@@ -118,5 +118,5 @@ def test_an_encoder_has_distances_alone(verdicts: Any) -> None:
     found = verdicts.Judge([encoded("ours", "method", 0.01), encoded("peer", "peer", 0.02)], source)
     assert outcomes(found) == {
         "distance below peer at 3.000 bits": ("better", True),
-        "at 3.3 bits at most .6 of the KL of GPTQ, 3 bits, group 64": ("not measured", False),
+        "at 3.3 bits at most .6 of the distance of GPTQ, 3 bits, group 64": ("not measured", False),
     }

@@ -47,8 +47,8 @@ def section(chapters: Sequence[Chapter]) -> str:
         "overhead counted; embeddings, norms and the output head stay as they are. KL is the mean over tokens of "
         "KL(source || quantized) in nats, top-1 the part of tokens whose likeliest successor is the source's. "
         "\u00b1 is a standard error and [ ] a 95 % interval, by bootstrap over windows; differences and ratios are "
-        "paired, and a tie is an interval that contains zero. The method that a target is judged by is picked and compared "
-        "on the same windows. "
+        "paired, and a tie is an interval that contains zero. The method that a target is judged by is picked and "
+        "compared on the same windows. "
         "Seconds are beyond the calibration: from scratch, or (in parentheses) with tables of errors that an earlier "
         "target left. Memory is the peak of all processes. Calibration and evaluation texts share no line of prose.",
     ]
