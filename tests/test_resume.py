@@ -118,6 +118,22 @@ def test_killed_at_25_random_moments(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_killed_while_the_work_folder_is_removed(runs: Runs) -> None:
+    """Files go in any order; what is left of the calibration is as good as what an interrupted one leaves."""
+    kept, work = runs.folder / "kept", runs.folder / "out.work"
+    runs.finish("warm", "--work-dir", str(kept))
+    expected = runs.finish("out")
+    files = sorted(path.name for path in (kept / "calibration").iterdir())
+    assert len(files) == 6
+    for gone in files:
+        shutil.copytree(kept, work)
+        for name in {gone, "about.json"}:
+            (work / "calibration" / name).unlink()
+        assert runs.finish("out", "--resume") == expected, gone
+        assert not work.exists()
+
+
+@pytest.mark.slow
 def test_killed_again_and_again_it_still_ends(runs: Runs) -> None:
     expected = runs.finish("whole")
     delay = 0.2

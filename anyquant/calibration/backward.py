@@ -62,7 +62,7 @@ class FisherPass(ForwardPass):
             NonFiniteError: a weight is not.
             MachineError: the disk is full.
         """
-        if self.complete(self.folder.has_gradients):
+        if self.complete(self.folder.has_moments, self.folder.has_gradients):
             return
         outside = self.model.outside
         wanted = self.wanted_in(outside)

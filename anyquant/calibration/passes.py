@@ -250,9 +250,10 @@ class ForwardPass(StreamedPass):
             raise Finished
         return output
 
-    def complete(self, has: Callable[[int], bool]) -> bool:
-        """Whether every section that something is wanted of is stored."""
-        return all(has(section) for section in range(self.model.outside + 1) if self.wanted_in(section))
+    def complete(self, *kinds: Callable[[int], bool]) -> bool:
+        """Whether every section that something is wanted of has every kind of file."""
+        wanted = [section for section in range(self.model.outside + 1) if self.wanted_in(section)]
+        return all(has(section) for has in kinds for section in wanted)
 
     def block(self, number: int, call: BatchedCall, hidden: torch.Tensor) -> Any:
         """Take all windows through a block, and store the moments of its inputs.
