@@ -114,12 +114,12 @@ def measure(arguments: argparse.Namespace, found: Material, store: Store) -> Non
         _say(f"[{number + 1}/{len(systems)}] {system.name}")
         benchmark.system(system)
     for rival, label in product(judge_of(store).unbeaten(), CHALLENGERS):
+        extra = method(label, at_bits_of(rival.bits))
+        wanted = not arguments.systems or matches(extra, arguments.systems)
         # What was run for one rival may have beaten this one, too.
-        if rival.name in [other.name for other in judge_of(store).unbeaten()]:
-            extra = method(label, at_bits_of(rival.bits))
-            if not arguments.systems or matches(extra, arguments.systems):
-                _say(f"{extra.name}, for {rival.name}")
-                benchmark.system(extra)
+        if wanted and rival.name in [other.name for other in judge_of(store).unbeaten()]:
+            _say(f"{extra.name}, for {rival.name}")
+            benchmark.system(extra)
 
 
 def command_of(arguments: argparse.Namespace, source: str) -> str:

@@ -131,6 +131,7 @@ def test_distance_is_one_minus_the_cosine(encoder: Any) -> None:
 def test_methods_and_peers_run_alike(
     accuracy: Callable[[str], Any], encoder: Any, model: Any, tmp_path: Path
 ) -> None:  # fmt: skip
+    matrices = accuracy("encoder_matrices")
     model.calibrate(SENTENCES, tmp_path)
     reference = model.embed(SENTENCES)
 
@@ -141,9 +142,9 @@ def test_methods_and_peers_run_alike(
 
     moments = encoder.statistics_in(tmp_path, gradients=False)
     rtn = accuracy("interface").Contender.uniform(accuracy("grids").rtn(4, 32))
-    fine = loss(encoder.by_peer(model, rtn, moments))
+    fine = loss(matrices.by_peer(model, rtn, moments))
     coarse = accuracy("interface").Contender.uniform(accuracy("grids").rtn(2, 32))
-    assert 0 < fine < loss(encoder.by_peer(model, coarse, moments)) / 4
+    assert 0 < fine < loss(matrices.by_peer(model, coarse, moments)) / 4
 
     def job(command: str, bits: float) -> Any:
         return accuracy("embeddings").job_for(["--method", *command.split(), "--bits", f"{bits}"])
@@ -154,12 +155,12 @@ def test_methods_and_peers_run_alike(
         for bits in (4.5, 6.5):
             asked = job(command, bits)
             assert (asked.scope, asked.has_gradients) == (scope, gradients)
-            values, stored = encoder.by_method(model, asked, encoder.statistics_in(tmp_path, gradients=gradients))
+            values, stored = matrices.by_method(model, asked, encoder.statistics_in(tmp_path, gradients=gradients))
             assert bits - 0.5 < stored <= bits
             found.append(loss(values))
         assert found[1] < found[0]
     with pytest.raises(InfeasibleTarget, match="needs at least"):
-        encoder.by_method(model, job("skim", 0.1), encoder.statistics_in(tmp_path, gradients=True))
+        matrices.by_method(model, job("skim", 0.1), encoder.statistics_in(tmp_path, gradients=True))
 
 
 @pytest.mark.parametrize("words", ["--sequential", "--refine --row-groups 4", "--count index", "--importance fisher"])

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from accuracy import candidates
 from accuracy.commands import job_of
-from accuracy.encoder import Encoder, by_method, by_peer, distances, statistics_in
+from accuracy.encoder import Encoder, distances, statistics_in
+from accuracy.encoder_matrices import by_method, by_peer
 from accuracy.evaluation import Lost
 from accuracy.interface import Contender, Floats
 from accuracy.mixes import Model
