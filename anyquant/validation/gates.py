@@ -42,7 +42,7 @@ def runtime_gates(comparison: Comparison, arithmetic: Arithmetic) -> list[Gate]:
     kl = comparison.kl_mean.value
     gates = []
     if exact:
-        largest = comparison.max_abs_logit
+        largest, at = comparison.max_abs_logit, comparison.max_abs_at
         most = MAX_ABS_LOGIT * max(1.0, comparison.logit_scale / LOGIT_SCALE)
         gates.append(
             Gate(
@@ -52,7 +52,8 @@ def runtime_gates(comparison: Comparison, arithmetic: Arithmetic) -> list[Gate]:
                 most,
                 largest <= most,
                 f"max |difference of a logit| {largest:.3g}, limit {most:.3g} "
-                f"(FP32 path; logits reach {comparison.logit_scale:.1f})",
+                f"(FP32 path; logits reach {comparison.logit_scale:.1f}), "
+                f"in window {at.window}, position {at.position}, token {at.token}",
             )
         )
     gates.append(

@@ -126,10 +126,12 @@ def summarize(reference: Station, candidate: Station, windows: list[WindowCompar
     flat = np.concatenate(kl)
     differences = [difference for window in windows for difference in window.differences]
     differences.sort(key=lambda d: -d.gap)
+    worst = windows[int(np.argmax([window.max_abs_logit for window in windows]))]  # a NaN counts as the most
     return Comparison(
         reference=reference.name,
         candidate=candidate.name,
-        max_abs_logit=float(np.max([window.max_abs_logit for window in windows])),
+        max_abs_logit=worst.max_abs_logit,
+        max_abs_at=worst.max_abs_at,
         logit_scale=float(np.max([window.logit_scale for window in windows])),
         nonfinite=sum(window.nonfinite for window in windows),
         kl_mean=boot.mean(kl),

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.validation.results import TopDifference
+from anyquant.validation.results import LogitIndex, TopDifference
 from anyquant.workers import default_threads, in_order
 
 Floats = NDArray[np.float64]
@@ -76,6 +76,7 @@ class WindowComparison:
         differs: [n] bool, the first choices differ.
         differences: those positions.
         max_abs_logit: largest |difference|; NaN if any is.
+        max_abs_at: where that is.
         logit_scale: largest |logit| of the reference.
         nonfinite: candidate logits that are NaN or Inf.
     """
@@ -84,6 +85,7 @@ class WindowComparison:
     differs: NDArray[np.bool_]
     differences: tuple[TopDifference, ...]
     max_abs_logit: float
+    max_abs_at: LogitIndex
     logit_scale: float
     nonfinite: int
 
@@ -102,7 +104,7 @@ def compare_logits(
     Args:
         reference: [n, vocabulary] float32.
         candidate: the same shape.
-        window: number of the window, for the list of differences.
+        window: number of the window, for where differences are.
         tie_tolerance: first choices that differ are a near tie where the reference's gap between them is below.
         reference_normalizers: of :func:`log_normalizers`, if at hand.
         candidate_normalizers: likewise.
@@ -116,19 +118,21 @@ def compare_logits(
     lse_q = log_normalizers(candidate) if candidate_normalizers is None else candidate_normalizers
     kl = np.empty(reference.shape[0])
 
-    def of(rows: slice) -> tuple[float, float, int]:
+    def of(rows: slice) -> tuple[float, int, float, int]:
         with np.errstate(invalid="ignore", over="ignore"):
             p, q = reference[rows].astype(np.float64), candidate[rows].astype(np.float64)
-            found = float(np.abs(p - q).max()), float(np.abs(p).max()), int(np.count_nonzero(~np.isfinite(q)))
+            apart = np.abs(p - q).ravel()
+            worst = int(apart.argmax())  # a NaN, if there is one, which must never look like a small difference
+            at = rows.start * reference.shape[1] + worst
+            found = float(apart[worst]), at, float(np.abs(p).max()), int(np.count_nonzero(~np.isfinite(q)))
             p -= lse_p[rows, None]
             q -= lse_q[rows, None]
             # float64 rounding can leave -1e-16 where the two are equal.
             kl[rows] = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
         return found
 
-    chunks = np.array(_over_rows(of, reference), np.float64).reshape(-1, 3)
-    # NumPy's maximum keeps a NaN, which must never look like a small difference.
-    largest, scale, _ = chunks.max(axis=0, initial=0.0).tolist()
+    largest, at, scale, bad = (np.array(part) for part in zip(*_over_rows(of, reference), strict=True))
+    worst = int(largest.argmax())
     top_p, top_q = reference.argmax(axis=1), candidate.argmax(axis=1)
     differs = top_p != top_q
     differences = []
@@ -136,4 +140,12 @@ def compare_logits(
         a, b = int(top_p[position]), int(top_q[position])
         gap = float(reference[position, a]) - float(reference[position, b])
         differences.append(TopDifference(window, int(position), a, b, gap, gap < tie_tolerance))
-    return WindowComparison(kl, differs, tuple(differences), largest, scale, int(chunks[:, 2].sum()))
+    return WindowComparison(
+        kl,
+        differs,
+        tuple(differences),
+        float(largest[worst]),
+        LogitIndex(window, *divmod(int(at[worst]), reference.shape[1])),
+        float(scale.max()),
+        int(bad.sum()),
+    )

@@ -27,6 +27,15 @@ class TopDifference:
 
 
 @dataclass(frozen=True)
+class LogitIndex:
+    """Where a logit is: counted from 0."""
+
+    window: int
+    position: int
+    token: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Logits of one runner against those of another, over all windows.
 
@@ -34,6 +43,7 @@ class Comparison:
         reference: name of the runner compared with.
         candidate: name of the runner compared.
         max_abs_logit: largest |difference of a logit|.
+        max_abs_at: where that is; the first NaN, if there is one.
         logit_scale: largest |logit| of the reference, which the line above is to be read against.
         nonfinite: logits of the candidate that are NaN or Inf.
         kl_mean: mean of KL(reference || candidate) per token, nats; and its quantiles.
@@ -50,6 +60,7 @@ class Comparison:
     reference: str
     candidate: str
     max_abs_logit: float
+    max_abs_at: LogitIndex
     logit_scale: float
     nonfinite: int
     kl_mean: Estimate

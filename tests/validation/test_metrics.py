@@ -7,6 +7,7 @@ import pytest
 
 from anyquant.validation import metrics
 from anyquant.validation.metrics import compare_logits, log_normalizers, token_losses
+from anyquant.validation.results import LogitIndex
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -27,12 +28,14 @@ def test_kl_perplexity_and_top1_are_the_formulas(
 ) -> None:
     monkeypatch.setattr(metrics, "_CHUNK", chunk)
     a, b = pair
-    found = compare_logits(a, b, tie_tolerance=0.5)
+    found = compare_logits(a, b, window=5, tie_tolerance=0.5)
     for i in range(len(a)):
         p, q = softmax(a[i]), softmax(b[i])
         assert found.kl[i] == pytest.approx(float((p * (np.log(p) - np.log(q))).sum()), rel=1e-10)
         assert found.differs[i] == (p.argmax() != q.argmax())
     assert found.max_abs_logit == pytest.approx(float(np.abs(a.astype(float) - b.astype(float)).max()))
+    position, token = np.unravel_index(np.abs(a.astype(float) - b.astype(float)).argmax(), a.shape)
+    assert found.max_abs_at == LogitIndex(5, int(position), int(token))
     assert found.logit_scale == pytest.approx(float(np.abs(a).max()))
     ids = np.random.default_rng(1).integers(0, 31, 9)
     losses = token_losses(a, ids)
@@ -78,6 +81,7 @@ def test_a_bad_logit_is_counted_and_never_looks_close(
     b[row, 2] = bad
     found = compare_logits(a, b)
     assert found.nonfinite == 1
+    assert (found.max_abs_at.position, found.max_abs_at.token) == (row, 2)
     assert not found.max_abs_logit <= 1e-3
 
 

@@ -19,6 +19,7 @@ from anyquant.validation.report import to_json, write_report
 from anyquant.validation.results import (
     Comparison,
     Gate,
+    LogitIndex,
     ModelRow,
     TensorComparison,
     TensorDifference,
@@ -36,10 +37,11 @@ def estimate(value: float, error: float | None = 0.01) -> Estimate:
 def compared(reference: str, candidate: str, kl: float, max_abs: float = 0.5) -> Comparison:
     tops = (TopDifference(1, 7, 5, 9, 0.3, False), TopDifference(0, 3, 5, 6, 0.01, True))
     tail = tuple(kl * (i + 1) / 50 for i in range(100))
-    quantiles = (estimate(kl / 2), estimate(kl * 9), estimate(kl * 30, None))
+    kls = (estimate(kl), estimate(kl / 2), estimate(kl * 9), estimate(kl * 30, None))
+    at = LogitIndex(1, 7, 5)
     return Comparison(
-        reference, candidate, max_abs, 38.2, 0, estimate(kl), *quantiles, estimate(0.91), 1, tops, estimate(0.7), tail
-    )
+        reference, candidate, max_abs, at, 38.2, 0, *kls, estimate(0.91), 1, tops, estimate(0.7), tail
+    )  # fmt: skip
 
 
 def row(name: str, nbytes: int, perplexity: float, kind: str = "fp32") -> ModelRow:

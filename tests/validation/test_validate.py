@@ -18,7 +18,7 @@ from anyquant.validation import ValidationReport, ValidationSettings, validate
 from anyquant.validation.arithmetic import Arithmetic
 from anyquant.validation.gates import all_gates, runtime_gates
 from anyquant.validation.measure import Station, measure_window
-from anyquant.validation.results import Comparison
+from anyquant.validation.results import Comparison, LogitIndex
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,8 @@ def test_settings_that_make_no_sense(settings: ValidationSettings, changes: dict
 
 def comparison(max_abs: float, kl: float, scale: float = 20.0) -> Comparison:
     number = Estimate(kl, 10)
-    return Comparison("IR", "GGUF", max_abs, scale, 0, number, number, number, number, Estimate(1, 10), 0, (), number)
+    at, top1 = LogitIndex(2, 118, 42), Estimate(1, 10)
+    return Comparison("IR", "GGUF", max_abs, at, scale, 0, number, number, number, number, top1, 0, (), number)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +229,7 @@ def test_the_logit_gate_is_in_proportion_to_large_logits(scale: float, limit: fl
         gate = runtime_gates(comparison(max_abs, 1e-9, scale), Arithmetic("fp32", "because"))[0]
         assert gate.limit == pytest.approx(limit)
         assert gate.passed == passed
+        assert gate.detail.endswith("in window 2, position 118, token 42")
 
 
 class Table:
