@@ -20,28 +20,27 @@ Output error in percent of the output's power, 192 rows of matrices of SmolLM2-1
     ranges searched by H_jj      6.8    8.0    .349     1.29   .084     4.99
     ranges searched by U_jj      6.7    7.9    .348     1.22   .069     4.66
     the same, order=blocks       6.5    8.1    .338     1.17   .065     4.54
+
+On the sentence encoder all-MiniLM-L6-v2 (blocks of 64) order=blocks loses up to 10 % more than by activation; so with
+short blocks both are tried (:mod:`anyquant.methods.affine_making`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.affine_grids import (
-    Grid,
     Kind,
-    Steps,
     counts_side_by_side,
-    full_range,
     full_range_errors,
     search,
     side_by_side,
 )
-from anyquant.feedback import BeginGroup, activation_order, uncompensated, with_feedback
 from anyquant.ir import AffineSpec, Tensor
-from anyquant.ir.packing import pack
+from anyquant.methods.affine_making import Feedback, counts_of, make
 from anyquant.methods.codebooks import require_fp16
 from anyquant.methods.importance import Importance, chunks
 from anyquant.methods.options import Option
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from anyquant.calibration import MatrixStatistics
 
 BLOCKS = (16, 32, 64, 128, 256)
-_SHORT = 64  # the longest block for which order=auto is order=blocks
-_NONE = np.empty(0, np.int64)
 
 
 class AffineMethod(Method):
@@ -66,7 +63,8 @@ class AffineMethod(Method):
             "order",
             "auto",
             "in which columns are taken: by activation, with scales of the original weights; blocks by activation, or "
-            "none, with scales of the values as they are by then; auto: blocks if short, else activation",
+            "none, with scales of the values as they are by then; auto: if blocks are short, blocks or activation, "
+            "what loses less, else activation",
             choices=("auto", "activation", "blocks", "none"),
             paper="activation",
             idle_with=("feedback", False),
@@ -124,11 +122,11 @@ class AffineMethod(Method):
         """
         require_fp16(weight, "scales")
         importance = Importance(weight, statistics)
-        feedback = _Feedback.by_activation(statistics, settings)
+        feedback = Feedback.by_activation(statistics, settings)
         levels = [(spec, Kind(spec.bits, settings["symmetric"])) for spec in _specs(_shape(weight), settings)]
         totals = np.zeros(len(levels))
         for rows in chunks(weight):
-            counts = _counts(importance, feedback, rows)
+            counts = counts_of(importance, feedback, rows)
             of_rows = 1.0 if importance.of_rows is None else importance.of_rows[rows].astype(np.float64)
             for level, (spec, kind) in enumerate(levels):
                 values, weights = side_by_side(weight[rows], spec), counts_side_by_side(counts, spec, len(weight[rows]))
@@ -148,121 +146,7 @@ class AffineMethod(Method):
             InputError: a weight lies outside FP16, or the statistics are of no inputs.
         """
         require_fp16(weight, "scales")
-        spec = self.spec(_shape(weight), chosen, settings)
-        maker = _Maker(spec, Kind(spec.bits, settings["symmetric"]))
-        importance = Importance(weight, statistics) if settings["clip"] else None
-        if statistics is None or not settings["feedback"]:
-            maker.set_grids(weight, importance, None)
-            for column in range(spec.shape[1]):
-                maker.round(column, weight[:, column])
-            return maker.tensor()
-        ordering = settings["order"]
-        if ordering == "auto":
-            ordering = "blocks" if spec.block <= _SHORT else "activation"
-        if ordering == "activation":
-            feedback = _Feedback.by_activation(statistics, settings)
-            assert feedback is not None
-            maker.set_grids(weight, importance, feedback)
-            begin = None
-        else:
-            blocks = ordering == "blocks"
-            order = _by_blocks(statistics.diagonal, spec.block) if blocks else np.arange(spec.shape[1])
-            feedback = _Feedback(statistics, order, settings)
-            counts = None if importance is None else _counts(importance, feedback, slice(None))
-            begin = maker.grids_as_they_come(order, counts)
-        with_feedback(
-            weight,
-            feedback.moment,
-            maker.round,
-            order=feedback.order,
-            factor=feedback.factor,
-            group=spec.block,
-            begin=begin,
-        )
-        return maker.tensor()
-
-
-class _Feedback:
-    """Of a matrix whose columns are taken in some order.
-
-    Attributes:
-        order: int64 [in].
-        moment: float32 [in, in], of the inputs.
-        factor: as feedback takes it.
-        relief: float32 [in]; see :func:`anyquant.feedback.uncompensated`.
-    """
-
-    def __init__(self, statistics: MatrixStatistics, order: NDArray[np.int64], settings: Settings) -> None:
-        self.order, self.moment = order, statistics.full()
-        self.factor, left = uncompensated(self.moment, order, settings["damping"])
-        self.relief: Floats = left.astype(np.float32)
-
-    @classmethod
-    def by_activation(cls, statistics: MatrixStatistics | None, settings: Settings) -> _Feedback | None:
-        """With the columns by the power of their inputs; None where there is no feedback."""
-        if statistics is None or not settings["feedback"]:
-            return None
-        return cls(statistics, activation_order(statistics.diagonal), settings)
-
-
-class _Maker:
-    """The arrays of an affine tensor in the making; those here have a column of the matrix, or a block, in a row."""
-
-    def __init__(self, spec: AffineSpec, kind: Kind) -> None:
-        self._spec, self._kind = spec, kind
-        rows = spec.shape[0]
-        self._codes = np.zeros((spec.blocks * spec.block, rows), np.uint8)
-        self._scale = np.zeros((spec.blocks, rows), np.float16)
-        self._zero = np.zeros((spec.blocks, rows), np.uint8)
-        self._steps: dict[int, Steps] = {}
-
-    def set_grids(self, weight: Floats, importance: Importance | None, feedback: _Feedback | None) -> None:
-        """All grids, from the weights as they are; searched where there is an importance."""
-        for rows in chunks(weight):
-            values = side_by_side(weight[rows], self._spec)
-            if importance is None:
-                grid = full_range(values, self._kind)
-            else:
-                counts = counts_side_by_side(_counts(importance, feedback, rows), self._spec, len(weight[rows]))
-                grid, _ = search(values, counts, self._kind)
-            self._scale[:, rows] = grid.scale.reshape(-1, self._spec.blocks).T
-            self._zero[:, rows] = grid.zero.reshape(-1, self._spec.blocks).T
-
-    def grids_as_they_come(self, order: NDArray[np.int64], counts: Floats | None) -> BeginGroup:
-        """What sets the grid of a block from its values as they are when its first column comes.
-
-        Args:
-            order: of the columns, whole blocks one after the other.
-            counts: float32 [out or 1, in], to search by; None for the whole range.
-        """
-
-        def begin(place: int, values: Floats) -> None:
-            columns = order[place : place + len(values)]
-            if counts is None:
-                grid = full_range(values, self._kind)
-            else:
-                grid, _ = search(values, np.ascontiguousarray(counts[:, columns].T), self._kind)
-            block = int(columns[0]) // self._spec.block
-            self._scale[block], self._zero[block] = grid.scale, grid.zero
-
-        return begin
-
-    def round(self, column: int, values: Floats) -> Floats:
-        """Choose the codes of a column; returns its values, float32 [out]."""
-        block = column // self._spec.block
-        if block not in self._steps:
-            self._steps[block] = Grid(self._scale[block], self._zero[block]).steps(self._kind)
-        steps = self._steps[block]
-        multiples = steps.nearest(values)
-        self._codes[column] = multiples - steps.low
-        multiples *= steps.scale
-        return multiples
-
-    def tensor(self) -> Tensor:
-        """The tensor."""
-        codes = pack(np.ascontiguousarray(self._codes.T), self._spec.bits)
-        scale, zero = np.ascontiguousarray(self._scale.T), np.ascontiguousarray(self._zero.T)
-        return Tensor(self._spec, {".codes": codes, ".scale": scale, ".zero": zero})
+        return make(weight, self.spec(_shape(weight), chosen, settings), statistics, settings)
 
 
 def _shape(weight: Floats) -> tuple[int, int]:
@@ -282,21 +166,3 @@ def _specs(shape: tuple[int, int], settings: Settings) -> list[AffineSpec]:
             spec = AffineSpec(shape, width, block)
             by_size.setdefault(spec.nbytes, spec)
     return [by_size[size] for size in sorted(by_size)]
-
-
-def _by_blocks(power: Floats, block: int) -> NDArray[np.int64]:
-    """Whole blocks, those of the most power first, and by power within; one of fewer columns comes last."""
-    starts = np.arange(0, len(power), block)
-    mean = np.add.reduceat(power.astype(np.float64), starts)
-    if len(power) % block:
-        mean[-1] = -1.0
-    parts = [
-        start + activation_order(power[start : start + block]) for start in starts[np.argsort(-mean, kind="stable")]
-    ]
-    return np.concatenate(parts)
-
-
-def _counts(importance: Importance, feedback: _Feedback | None, rows: Any) -> Floats:
-    """What squared errors count, float32 [rows, in], or [1, in] where all rows share it, but for a row's own factor."""
-    counts = np.atleast_2d(importance.rows(rows, _NONE))
-    return counts if feedback is None else counts * feedback.relief

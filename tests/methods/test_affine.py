@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def made(weight: np.ndarray, known: MatrixStatistics | None, settings: dict[str,
     return tensor
 
 
-def output_error(weight: np.ndarray, tensor: ir.Tensor, moment: np.ndarray) -> float:
-    difference = ir.dequantize(tensor).astype(np.float64) - weight
+def output_error(weight: np.ndarray, tensor: ir.Tensor, moment: np.ndarray, rows: Any = slice(None)) -> float:
+    difference = ir.dequantize(tensor)[rows].astype(np.float64) - weight
     return float(np.einsum("ij,jk,ik->", difference, moment.astype(np.float64), difference))
 
 
@@ -218,6 +219,28 @@ def test_with_activation_order_scales_are_those_of_the_weights() -> None:
     for suffix in (".scale", ".zero"):
         assert np.array_equal(with_it.arrays[suffix], without.arrays[suffix])
     assert not np.array_equal(with_it.arrays[".codes"], without.arrays[".codes"])
+
+
+@pytest.mark.parametrize("by_gradients", [False, True])
+def test_with_short_blocks_the_order_that_loses_less_is_taken(by_gradients: bool) -> None:
+    taken = set()
+    for seed in range(12):
+        weight, moment = weights((5, 64), seed), correlated(64, seed)
+        rows = np.exp2(np.random.default_rng(seed).uniform(-1, 1, 5)).astype(np.float32) if by_gradients else None
+        known, loss = stats(moment, rows), {}
+        for order in ("blocks", "activation"):
+            tensor = made(weight, known, only(2, 16, order=order))
+            counts = np.ones(5) if rows is None else rows
+            loss[order] = sum(
+                count * output_error(weight[[row]], tensor, moment, [row]) for row, count in enumerate(counts)
+            )
+        better = min(loss, key=lambda order: loss[order])
+        automatic, chosen = (made(weight, known, only(2, 16, order=order)) for order in ("auto", better))
+        assert all(np.array_equal(automatic.arrays[suffix], chosen.arrays[suffix]) for suffix in chosen.arrays)
+        taken.add(better)
+    assert taken == {"blocks", "activation"}
+    long = [made(weight, known, only(4, 128, order=order)).arrays[".codes"] for order in ("auto", "activation")]
+    assert np.array_equal(*long)
 
 
 @pytest.mark.parametrize("clip", [False, True])
