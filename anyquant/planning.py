@@ -249,8 +249,10 @@ def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[floa
         return uniform[-1]
     fitting = [i for i, cost in enumerate(costs) if cost <= limit + 1e-9]
     if job.scope != "uniform":
-        exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6]
-        return uniform[exact[-1]] if exact and forms.whole else None
+        # Of a method that takes no text, a width by its very number is that width. Others have pairs of width and block
+        # length, or types, of which one for all loses far more than a mix of the same size.
+        exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6 and forms.whole and not job.needs_statistics]
+        return uniform[exact[-1]] if exact else None
     near = sorted((abs(cost - limit), i) for i, cost in enumerate(costs) if abs(cost - limit) <= _TOLERANCE)
     if job.target.bits is None:
         return uniform[fitting[-1]]

@@ -97,6 +97,27 @@ def test_more_bits_lose_less(planned: Planner) -> None:
     assert all(a is not None and b is not None and b < a for a, b in pairwise(losses))
 
 
+def test_what_takes_a_text_is_mixed_at_the_bits_of_one_level_too(
+    tiny_llama: Path, little: CalibrationSettings, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+
+    def at(bits: float) -> Plan:
+        job = Job("affine", Target(bits=bits), calibration=little)
+        with work_folder(tmp_path / "work", job.identity(checkpoint), resume=False, keep=True) as opened:
+            return plan(checkpoint, job, opened)
+
+    forms = forms_of(checkpoint, Job("affine", Target(bits=4.0), calibration=little))
+    one = forms.bits(forms.uniform()[5], "all")
+    plans = [at(bits) for bits in (one - 0.1, one, one + 0.1)]
+    for each in plans:
+        chosen = {(e.spec.bits, e.spec.block) for e in each.model.entries.values() if isinstance(e.spec, ir.AffineSpec)}
+        assert each.measured
+        assert len(chosen) > 1
+    losses = [each.loss for each in plans]
+    assert all(a is not None and b is not None and b < a for a, b in pairwise(losses))
+
+
 def test_uniform_is_one_width_and_says_which_there_are(planned: Planner) -> None:
     with pytest.raises(InfeasibleTarget, match="one width: ") as error:
         planned("uniform", bits=3.25)
