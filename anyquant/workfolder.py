@@ -229,7 +229,17 @@ def work_folder(path: Path, job: dict[str, Any], *, resume: bool, keep: bool) ->
             yield folder
         except AnyquantError:
             if not any(path.rglob("*.safetensors")):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             raise
         if not keep:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """The whole folder, its job last: what a kill leaves behind is still a work folder, to be resumed or used again."""
+    for part in path.glob("*"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part.name not in (_JOB, _LOCK):
+            part.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

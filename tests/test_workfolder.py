@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,32 @@ def test_a_temporary_one_ends_with_success_and_stays_after_failure(tmp_path: Pat
         raise RuntimeError
     assert (tmp_path / "w" / "job.json").is_file()
     with opened(tmp_path / "w", keep=False):
+        pass
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("last", ["tables", "tensors", "w"])
+def test_killed_while_it_is_removed_it_is_still_a_work_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    remove = shutil.rmtree
+
+    def killed(path: Path, ignore_errors: bool) -> None:
+        if path.name == last:
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=ignore_errors)
+
+    with opened(tmp_path / "w") as work:
+        work.save_table(0, "a", np.zeros((2, 3)))
+        work.begin_tensors({"bits": 3.0}, resume=False)
+        work.save_searched({"bits": 3.0}, [0])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), opened(tmp_path / "w", keep=False):
+        patched.setattr(shutil, "rmtree", killed)
+    assert (tmp_path / "w").exists()
+    for resume in (True, False):
+        with opened(tmp_path / "w", resume=resume):
+            pass
+    with opened(tmp_path / "w", resume=True, keep=False):
         pass
     assert not (tmp_path / "w").exists()
 
