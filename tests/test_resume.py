@@ -158,3 +158,22 @@ def test_killed_again_and_again_it_still_ends(runs: Runs) -> None:
             break
         delay += 0.1  # a step that takes longer than the time it gets would never end
     assert hashes(runs.folder / "out") == expected
+
+
+def test_killed_when_all_but_the_work_folder_was_done(runs: Runs) -> None:
+    work = runs.folder / "kept"
+    expected = runs.finish("out", "--work-dir", str(work))
+    work.rename(runs.folder / "out.work")
+    assert runs.finish("out", "--resume") == expected
+    assert not (runs.folder / "out.work").exists()
+    # Something else under that name stays as it is.
+    runs.finish("other", "--work-dir", str(work))
+    (runs.folder / "other" / "anyquant.json").unlink()
+    process = runs.start("other", "--resume", "--work-dir", str(work))
+    process.join(300)
+    assert process.exitcode == 2
+    assert "exists and is not empty" in (runs.folder / "log").read_text()
+
+
+def test_any_number_of_workers_gives_the_same_bytes(runs: Runs) -> None:
+    assert runs.finish("one", "--workers", "1") == runs.finish("five", "--workers", "5")
