@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accuracy.interface import Floats
+from accuracy.products import by_onednn
 from anyquant.checkpoint import Checkpoint
 from anyquant.errors import InputError, MachineError
 from anyquant.runtime.model import model_of
@@ -164,7 +165,10 @@ class _Running:
         from anyquant.validation.runners.torch import TorchRunner, quiet
 
         quiet()
-        self._runner = TorchRunner(name, model_of(checkpoint, read), activations=activations)
+        model = model_of(checkpoint, read)
+        if activations is None:  # what rounds them looks for PyTorch's own products
+            by_onednn(model)
+        self._runner = TorchRunner(name, model, activations=activations)
 
     def __enter__(self) -> _Running:
         return self
