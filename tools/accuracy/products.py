@@ -14,12 +14,13 @@ def by_onednn(model: Any) -> None:
     """
     import torch
 
-    if not torch.backends.mkldnn.is_available():
+    onednn: Any = torch.backends.mkldnn  # untyped
+    if not onednn.is_available():
         return
-    product = torch.ops.mkldnn._linear_pointwise
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.forward = partial(_linear, product, module)
+    product: Any = torch.ops.mkldnn._linear_pointwise
+    layers: list[Any] = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        layer.forward = partial(_linear, product, layer)
 
 
 def _linear(product: Any, layer: Any, inputs: Any) -> Any:
