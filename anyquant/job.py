@@ -136,8 +136,8 @@ class Job:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the method wants a calibration."""
-        return get_method(self.method).needs_statistics(self.settings)
+        """Whether the method wants a calibration, or what refines its result."""
+        return self.refine or get_method(self.method).needs_statistics(self.settings)
 
     @property
     def has_gradients(self) -> bool:

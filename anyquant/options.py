@@ -95,7 +95,9 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
                 help="What measures best, or what the method's paper says.  [best]",
             ),
             click.option(
-                "--refine", is_flag=True, help="Better codebooks and codes for what passes through; same size."
+                "--refine",
+                is_flag=True,
+                help="Better codes, with codebooks or scales, for what passes through; same size.",
             ),
             click.option(
                 "--row-groups",
@@ -185,7 +187,7 @@ def job_of(method: str, bits: float | None, size: int | None, size_of: str, **re
         options["profile"] = rest["profile"]
     target = Target(bits=bits, size=size, size_of=size_of, count=rest["count"])
     settings = chosen.settings(options)
-    if not chosen.needs_statistics(settings):
+    if not (rest["refine"] or chosen.needs_statistics(settings)):
         refuse_unread(_CALIBRATION, f"has no meaning for the method {method} with these settings: it needs no text.")
     if rest["search"] == "greedy":
         refuse_unread(["trials"], "has no meaning without --search tpe.")

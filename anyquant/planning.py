@@ -23,6 +23,7 @@ from anyquant.forms import Forms, chosen_matrices
 from anyquant.job import Job
 from anyquant.measuring import calibration_record, measure
 from anyquant.methods import get_method
+from anyquant.refinement import is_refinable
 from anyquant.search import require_searchable, search
 
 if TYPE_CHECKING:
@@ -119,8 +120,10 @@ def plan(
             f"--allocation matrix spreads bits over the rows of a matrix, but the method {job.method} gives a matrix "
             "one number of bits. Leave it out: bits are spread over the matrices then."
         )
-    if job.refine and not any(isinstance(spec, ir.CodebookSpec) for spec in forms.pick(forms.uniform()[0]).values()):
-        raise UsageError(f"--refine is for codebooks, which the method {job.method} does not make. Leave it out.")
+    if job.refine and not any(map(is_refinable, forms.pick(forms.uniform()[0]).values())):
+        raise UsageError(
+            f"--refine is for codebooks and affine blocks, which the method {job.method} does not make. Leave it out."
+        )
     if job.search == "tpe":
         require_searchable(job, forms)
     if job.target.size_of != "ir":

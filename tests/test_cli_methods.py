@@ -19,7 +19,7 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.methods import get_method
 from anyquant.plugins import METHODS, plugins
 from anyquant.refinement import losses
-from anyquant.refinement.calibrated import held_back
+from anyquant.refinement.calibrated import held_back, shrinkage
 
 if TYPE_CHECKING:
     from tests.conftest import Result
@@ -28,7 +28,7 @@ Invoke = Callable[..., "Result"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.tensor([[5, 9, 300, 17, 200, 9, 41, 33, 2, 7]])
 LITTLE = ["--calib-windows", "4", "--calib-window", "32"]
-CODEBOOKS = ["skim", "claq", "cmpq"]
+REFINABLE = ["skim", "claq", "cmpq", "affine"]
 BITS = {"skim": 3.4, "claq": 3.9, "cmpq": 3.9, "block": 4.6, "affine": 4.4, "ggml": 5.1}
 
 
@@ -68,7 +68,7 @@ def test_what_plan_promises_is_written(invoke: Invoke, tiny_llama: Path, tmp_pat
         assert onnx.code == 0, onnx.err
 
 
-@pytest.mark.parametrize("method", CODEBOOKS)
+@pytest.mark.parametrize("method", REFINABLE)
 def test_refined_is_better_in_the_same_bytes(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
     work = ["--work-dir", tmp_path / "work", *(["--importance", "activation"] if method == "cmpq" else [])]
     plain = quantize(invoke, tiny_llama, tmp_path / "plain", method, *work)
@@ -81,7 +81,8 @@ def test_refined_is_better_in_the_same_bytes(invoke: Invoke, tiny_llama: Path, t
         weight, known = checkpoint.read(name), statistics.matrix(name)
         assert known is not None
         assert after.entries[name].spec == before.entries[name].spec
-        moment, rows = held_back(known.full()), known.gradient()
+        moment, rows = known.full(), known.gradient()
+        moment = moment if method == "affine" else held_back(moment, shrinkage(weight.shape[1], known.tokens))
         lost = [
             np.sum(losses(weight, model.tensor(name), moment) * (1 if rows is None else rows))
             for model in (before, after)
@@ -120,11 +121,23 @@ def test_what_norms_do_not_suffice_for(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["block", "affine", "ggml"])
-def test_what_holds_no_codebooks_is_not_refined(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
+def test_rounding_is_refined_too_which_takes_a_text(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    rounding = ["--set", "feedback=no", "--set", "clip=no"]
+    plain = invoke("quantize", tiny_llama, "-o", tmp_path / "plain", "--method", "affine", "--bits", 4.4, *rounding)
+    assert plain.code == 0, plain.err
+    quantize(invoke, tiny_llama, tmp_path / "refined", "affine", "--refine", *rounding)
+    before, after = ir.open_ir(tmp_path / "plain"), ir.open_ir(tmp_path / "refined")
+    assert before.calibration is None
+    assert after.calibration is not None
+    changed = [name for name, entry in after.entries.items() if entry.sha256 != before.entries[name].sha256]
+    assert set(changed) == set(open_checkpoint(str(tiny_llama)).matrices())
+
+
+@pytest.mark.parametrize("method", ["block", "ggml"])
+def test_other_forms_are_not_refined(invoke: Invoke, tiny_llama: Path, tmp_path: Path, method: str) -> None:
     result = invoke("quantize", tiny_llama, "-o", tmp_path / "out", "--method", method, "--bits", 5, "--refine")
     assert result.code == 2
-    assert f"--refine is for codebooks, which the method {method} does not make" in result.err
+    assert f"--refine is for codebooks and affine blocks, which the method {method} does not make" in result.err
     assert not list(tmp_path.iterdir())
 
 

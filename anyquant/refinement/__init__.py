@@ -4,7 +4,8 @@ k-means weighs each weight by itself; here the loss is that of the matrix' outpu
 row, in which the error of one weight makes up for that of another. Method and source: LNQ of Kim et al., "GuidedQuant:
 Large Language Model Quantization via Exploiting End Loss Guidance" (arXiv 2505.07004). Rows that own codebooks:
 ``kernels/core/refine.cpp``, or :mod:`anyquant.refinement.fallback` with the same bytes; columns that do:
-:mod:`anyquant.refinement.columns`. Pure functions of their arguments, deterministic; the compiled ones release the GIL.
+:mod:`anyquant.refinement.columns`; blocks with a scale: :mod:`anyquant.refinement.grids`. Pure functions of their
+arguments, deterministic; the compiled ones release the GIL.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError, UsageError
-from anyquant.ir import CodebookSpec, Tensor, dequantize
+from anyquant.ir import AffineSpec, CodebookSpec, Spec, Tensor, dequantize
 from anyquant.refinement import fallback
 from anyquant.refinement.columns import Group, refine_columns
+from anyquant.refinement.grids import refine_grids
 from anyquant.refinement.pieces import Places, fixed_values, put, take
 from anyquant.runtime import native, native_refine
 
-__all__ = ["losses", "refine"]
+__all__ = ["is_refinable", "losses", "refine"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 _ASYMMETRY = 1e-4  # relative to the largest entry: more is no rounding
 _ELEMENTS = 1 << 17  # weights of the rows that one call refines
+
+
+def is_refinable(spec: Spec) -> bool:
+    """Whether tensors of a form can be refined."""
+    return isinstance(spec, CodebookSpec | AffineSpec)
 
 
 def refine(
@@ -38,20 +45,21 @@ def refine(
     cycles: int = 4,
     damping: float = 0.0,
 ) -> Tensor:
-    """A tensor of the same spec and widths that loses less, or as much: of each row if rows own codebooks, else in all.
+    """A tensor of the same spec and widths that loses less, or as much: in all if columns own codebooks, else each row.
 
     Codebooks and codes change; widths, ``input_scale`` and outliers stay. The codebooks are canonical: entries differ
-    and ascend, and those that no code names repeat the last one that is named.
+    and ascend, and those that no code names repeat the last one that is named. Of an affine tensor codes and scales
+    change, and zero points stay.
 
     Args:
         weight: float32 [out, in].
-        tensor: of a CodebookSpec of this shape.
+        tensor: of a CodebookSpec or AffineSpec of this shape.
         moment: float32 [in, in], E[x x^T], symmetric and positive semi-definite up to rounding; or [groups, in, in],
             one for each of the groups of rows that ``np.array_split`` makes (GuidedQuant: E[g^2 x x^T], g^2 the mean
             over the group of the squared gradient by the output).
         row_weights: float32 [out], not negative: what the loss of a row counts. It matters only where columns own
             codebooks; None for 1 everywhere.
-        alternations: between codebooks and codes, at most.
+        alternations: between codebooks, or scales, and codes, at most.
         cycles: over all codes in each of them, at most. For columns, which get the best codebook and codes at once,
             ``alternations * cycles`` sweeps, at most.
         damping: what is added to the diagonal of each moment, relative to its mean: the loss that is lowered is that of
@@ -68,14 +76,18 @@ def refine(
         ValueError: another shape or dtype.
     """
     spec = tensor.spec
-    if not isinstance(spec, CodebookSpec):
-        raise UsageError(f"refinement is for codebook tensors, this one is of kind {spec.kind!r}: leave it as it is.")
+    if not isinstance(spec, CodebookSpec | AffineSpec):
+        raise UsageError(
+            f"refinement is for codebook and affine tensors, this one is of kind {spec.kind!r}: leave it as it is."
+        )
     if alternations < 0 or cycles < 0 or not 0 <= damping < np.inf:
         raise UsageError(f"alternations {alternations}, cycles {cycles}, damping {damping}: none may be negative.")
     if weight.dtype != np.float32 or weight.shape != spec.shape:
         raise ValueError(f"weight must be float32 {list(spec.shape)}, not {weight.dtype} {list(weight.shape)}")
     _finite("weight", weight)
     groups = [Group(group.rows, _damped(group.moment, damping)) for group in _groups(moment, spec.shape)]
+    if isinstance(spec, AffineSpec):
+        return refine_grids(weight, tensor, spec, groups, alternations, cycles)
     if spec.axis == 0:
         return _refine_rows(np.ascontiguousarray(weight), tensor, spec, groups, alternations, cycles)
     return refine_columns(weight, tensor, spec, groups, _row_weights(row_weights, len(weight)), alternations * cycles)

@@ -257,8 +257,8 @@ def test_results_of_another_text_are_refused(
 def test_systems_have_names_and_files_of_their_own(systems: Any, accuracy: Callable[[str], Any], tool: Any) -> None:
     every = systems.ours()
     assert len({system.name for system in every}) == len({system.slug for system in every}) == len(every)
-    names = [system.name for system in systems.chosen(every, ["skim @*", "rounding @ 4"])]
-    assert names == [*(f"skim @ {bits:g}" for bits in systems.TARGETS), "rounding @ 4"]
+    names = [system.name for system in systems.chosen(every, ["skim @*", "rounding @ 3.3"])]
+    assert names == [*(f"skim @ {bits:g}" for bits in systems.TARGETS), "rounding @ 3.3"]
     assert systems.at_bits_of(3.296875) == 3.2968
     assert systems.at_bits_of(4.25) == 4.25
     takes = accuracy("embeddings").takes
@@ -276,7 +276,7 @@ def test_every_system_is_a_command_that_anyquant_takes(
         if system.label != "ggml" or importlib.util.find_spec("libggml"):
             arguments = commands.complete(str(tiny_llama), system.arguments, calibration)
             jobs[system.name] = commands.job_of(str(tiny_llama), arguments)
-    assert not jobs["rounding @ 4"].needs_statistics
+    assert not jobs["rounding @ 3.3"].needs_statistics
     assert jobs["skim --refine @ 3.3"].refine
     assert jobs["skim @ 3.3"].calibration.windows == 3
     paper = jobs[f"{systems.SKIM_PAPER} @ 3 of codes"]
