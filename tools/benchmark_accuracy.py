@@ -3,6 +3,7 @@
     python tools/benchmark_accuracy.py --work W --source dithered         hours; can be stopped and begun again
     python tools/benchmark_accuracy.py --work W --windows 4 --systems 'skim*,GPTQ 3*' --targets 3.3
     python tools/benchmark_accuracy.py --work W --report                  only write what is there
+    python tools/benchmark_accuracy.py --work W --records docs/accuracy   go on where another machine stopped
 
 Sources: dithered (SmolLM2-135M as a float model, which the targets are for), stock (as it comes, in Q4_1), encoder (a
 sentence encoder), or another language model's folder. Everything that is measured stays in --work and is not measured
@@ -22,6 +23,7 @@ import hashlib
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from accuracy import embeddings
 from accuracy.commands import Calibration
 from accuracy.evaluation import Lost
 from accuracy.material import CALIBRATIONS, DITHERED, ENCODER, STOCK, Material, material
-from accuracy.running import SOURCE, Benchmark
-from accuracy.store import ABOUT, Store
+from accuracy.records import read_records, write_records
+from accuracy.running import Benchmark
+from accuracy.store import ABOUT, SOURCE, Store
 from accuracy.systems import CHALLENGERS, TARGETS, System, at_bits_of, chosen, matches, method, ours, peer
 from accuracy.tables import Chapter, section, write
 from accuracy.texts import WINDOW, WINDOWS
@@ -85,7 +88,8 @@ def rows_of(store: Store) -> list[Row]:
     for record in store.all_made():
         if "digest" in record and store.lost(record).is_file():
             fields = {name: record[name] for name in ("name", "role", "label", "bits", "seconds", "peak")}
-            found.append(Row(**fields, fresh=record.get("fresh", True), lost=Lost.load(store.lost(record))))
+            lost = Lost.load(store.lost(record)).by_window()
+            found.append(Row(**fields, fresh=record.get("fresh", True), lost=lost))
     return found
 
 
@@ -98,7 +102,7 @@ def judge_of(store: Store) -> Judge:
     source = store.evaluated / SOURCE
     if not source.is_file():
         raise InputError(f"{store.evaluated} holds no measurement. Leave out --report to measure.")
-    return Judge(rows_of(store), Lost.load(source), peers=store.about(store.calibrated).get("peers"))
+    return Judge(rows_of(store), Lost.load(source).by_window(), peers=store.about(store.calibrated).get("peers"))
 
 
 def measure(arguments: argparse.Namespace, found: Material, store: Store) -> None:
@@ -157,10 +161,16 @@ def run(arguments: argparse.Namespace) -> int:
     """
     native.install()
     store = store_of(arguments, arguments.source)
-    if not arguments.report:
-        with held(arguments.work):
-            found = material(arguments.source, arguments.calib, arguments.text, arguments.work)
-            measure(arguments, found, store)
+    with nullcontext() if arguments.report and not arguments.records else held(arguments.work):
+        for path in sorted(arguments.records.glob("*.json")) if arguments.records else ():
+            read_records(path, store_of(arguments, path.stem))
+        if not arguments.report:
+            try:
+                found = material(arguments.source, arguments.calib, arguments.text, arguments.work)
+                measure(arguments, found, store)
+            finally:
+                if arguments.records and (store.evaluated / SOURCE).is_file():
+                    write_records(arguments.records / f"{store.source.name}.json", store)
     judge = judge_of(store)
     if arguments.output:
         write(arguments.output, section(chapters_of(arguments)))
@@ -201,6 +211,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--windows", type=int, help=f"of the evaluation [{WINDOWS}; {embeddings.EVALUATION_SENTENCES} sentences]")
     add("--window", type=int, default=WINDOW, help=f"tokens in each [{WINDOW}]")
     add("--seed", type=int, default=0, help="of the choice of windows [0]")
+    add("--records", type=Path, help="folder of a JSON for each source: what was measured elsewhere, and is here")
     add("--report", action="store_true", help="measure nothing")
     add("--output", type=Path, help="Markdown file whose section is written, such as docs/benchmarks.md")
     return parser.parse_args(list(arguments))

@@ -332,3 +332,61 @@ def test_the_steps_of_an_encoder(
     assert PEER in embeddings.list_peers(model)["peers"]
     with pytest.raises(InfeasibleTarget):
         lost(embeddings.make_method, "none", arguments=["--method", "skim", "--bits", "0.001"])
+
+
+def test_another_machine_goes_on_from_records(
+    tool: ModuleType, measured: Setup, steps: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A work folder that begins with what another one wrote down has the same tables, and measures what is missing."""
+    kept, tables = tmp_path / "records", [tmp_path / f"{number}.md" for number in range(3)]
+    assert measured(tool, "--report", "--records", kept, "--output", tables[0]) == 1
+    assert not kept.exists()  # nothing was measured
+    assert measured(tool, "--targets", 2, "--systems", PATTERN, "--records", kept) == 1
+    (file,) = kept.iterdir()
+    assert file.name == f"{Path(measured.arguments[3]).name}.json"
+
+    elsewhere = ["--work", tmp_path / "elsewhere", "--records", kept]
+    assert measured(tool, *elsewhere, "--report", "--output", tables[1]) == 1
+    assert tables[1].read_text(encoding="utf-8") == tables[0].read_text(encoding="utf-8")
+    steps.clear()
+    capsys.readouterr()
+    assert measured(tool, *elsewhere, "--targets", 4.5, "--systems", f"{PATTERN},block @ 4.5") == 1
+    assert steps == ["peers", "source", "measure"]  # not the peer again
+    assert "block @ 4.5" in json.loads(file.read_text(encoding="utf-8"))["systems"][0]["name"]
+    assert measured(tool, *elsewhere, "--report", "--output", tables[2]) == 1
+    assert "block @ 4.5" in tables[2].read_text(encoding="utf-8")
+
+
+def test_records_of_something_else_are_refused(
+    tool: ModuleType, measured: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "records"
+    assert measured(tool, "--targets", 2, "--systems", PATTERN, "--records", kept) == 1
+    (file,) = kept.iterdir()
+    elsewhere = ["--work", tmp_path / "elsewhere", "--records", kept, "--report"]
+    assert measured(tool, *elsewhere, "--windows", 2) == UsageError.exit_code
+    assert "Choose another --records." in capsys.readouterr().err
+    for damaged in ("[]", "{}", '{"of": [], "calibration": 1, "evaluation": 2, "systems": 3}', file.read_text()[:-20]):
+        file.write_text(damaged, encoding="utf-8")
+        assert measured(tool, *elsewhere) in (InputError.exit_code, UsageError.exit_code), damaged
+        assert file.name in capsys.readouterr().err
+
+
+def test_records_keep_what_is_not_finite(accuracy: Callable[[str], Any], tmp_path: Path) -> None:
+    store, lost = accuracy("store"), accuracy("evaluation").Lost
+    kept = store.Store(tmp_path / "a", "calibration", "evaluation")
+    kept.claim({"x": 1}, {"y": 2})
+    kept.evaluated.mkdir(exist_ok=True)
+    source = lost(np.ones((3, 4)), np.zeros((3, 5)), np.ones((3, 5), np.bool_))
+    source.save(kept.evaluated / store.SOURCE)
+    record = {"name": "broken", "role": "peer", "label": "broken", "activations": None, "digest": "f" * 64, "bits": 2.0}
+    kept.add(record)
+    lost(np.full((3, 4), np.nan), np.full((3, 5), np.inf), source.agrees).save(kept.lost(record))
+    accuracy("records").write_records(tmp_path / "a.json", kept)
+    again = store.Store(tmp_path / "b", "calibration", "evaluation")
+    accuracy("records").read_records(tmp_path / "a.json", again)
+    assert list(again.all_made()) == [record]
+    found = lost.load(again.lost(record))
+    assert found.kl.shape == found.losses.shape == (3, 1)
+    assert np.isinf(found.kl).all()
+    assert not np.isfinite(found.losses).any()

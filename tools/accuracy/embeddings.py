@@ -29,6 +29,7 @@ from anyquant.validation.texts import read_text
 
 CALIBRATION_SENTENCES = 512
 EVALUATION_SENTENCES = 1000
+_TOGETHER = 20  # sentences that the bootstrap draws together, so that what is kept of a system is short
 Task = Mapping[str, Any]
 
 
@@ -127,6 +128,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def _save(found: NDArray[np.float64], result: Path) -> None:
-    """Distances as the losses of windows of one token; there is no text that would be predicted."""
-    nothing = np.zeros((len(found), 0))
-    Lost(nothing, found[:, None], nothing.astype(np.bool_)).save(result)
+    """Distances as what tokens of windows lost; there is no text that would be predicted."""
+    windows = found.reshape(-1, _TOGETHER if len(found) % _TOGETHER == 0 else 1)
+    nothing = np.zeros((len(windows), 0))
+    Lost(nothing, windows, nothing.astype(np.bool_)).save(result)

@@ -40,11 +40,21 @@ class Lost:
         losses: float64 [windows, n - 1], nats.
         kl: float64 [windows, n], nats; 0 for the source.
         agrees: bool [windows, n], the likeliest next token is the source's.
+
+    Or the means of each window, float64 [windows, 1].
     """
 
     losses: NDArray[np.float64]
     kl: NDArray[np.float64]
-    agrees: NDArray[np.bool_]
+    agrees: NDArray[np.bool_ | np.float64]
+
+    def by_window(self) -> Lost:
+        """The means of each window; nothing of what is not known of any token."""
+        losses, kl, agrees = (
+            part.mean(axis=1, keepdims=True, dtype=np.float64) if part.shape[1] else part.astype(np.float64)
+            for part in (self.losses, self.kl, self.agrees)
+        )
+        return Lost(losses, kl, agrees)
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all. Losses and divergences are kept in float32."""

@@ -14,15 +14,13 @@ from accuracy import candidates, processes
 from accuracy.commands import Calibration, complete, job_of, key
 from accuracy.material import Material
 from accuracy.processes import Finished
-from accuracy.store import Record, Store, sha256
+from accuracy.store import SOURCE, Record, Store, sha256
 from accuracy.systems import System
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import AnyquantError, UsageError
 from anyquant.job import Job
 from anyquant.planning import feasible_bits
 from anyquant.workfolder import work_folder
-
-SOURCE = "source.npz"
 
 
 class Failed(AnyquantError):
@@ -89,9 +87,9 @@ class Benchmark:
         return dict(found["peers"])
 
     def source(self) -> None:
-        """Run the source, unless its answers are there."""
+        """Run the source, unless its answers are there, and not just what it lost."""
         result = self._store.evaluated / SOURCE
-        if result.is_file():
+        if result.is_file() and any(self._store.evaluated.glob("*.npy")):
             return
         self._say(
             "running the source"
@@ -101,7 +99,10 @@ class Benchmark:
         )
         temporary = result.with_name("source.new.npz")
         found, _ = self._step("source", "the source", **self._evaluation(temporary))
-        self._store.note(self._store.evaluated, **found)
+        machines = self._store.about(self._store.evaluated).get("machines", [])
+        here = found.pop("environment")
+        machines += [] if here in machines else [here]
+        self._store.note(self._store.evaluated, **found, machines=machines)
         temporary.replace(result)
 
     def system(self, system: System) -> None:
@@ -221,7 +222,7 @@ class Benchmark:
 
     def _calibrate(self, folder: Path, known: Record, **task: Any) -> Path:
         done = self._store.about(self._store.calibrated).get("calibrations", {})
-        if folder.name not in done:
+        if folder.name not in done or not folder.is_dir():
             self._say(f"calibrating: {', '.join(f'{name} {value}' for name, value in known.items())}")
             answer, found = self._step(
                 "calibrate", "the calibration", model=str(self._material.model), folder=str(folder), **task

@@ -26,7 +26,7 @@ from anyquant.errors import UsageError
 from anyquant.ir import read_json
 
 Record = dict[str, Any]
-ABOUT = "about.json"
+ABOUT, SOURCE = "about.json", "source.npz"
 
 
 def write_json(path: Path, value: Record) -> None:
@@ -104,7 +104,11 @@ class Store:
     def save_made(self, system: System, record: Record) -> None:
         """Keep it."""
         known = {"name": system.name, "role": system.role, "label": system.label, "activations": system.activations}
-        write_json(self._made(system.slug), {**known, **record})
+        self.add({**known, **record})
+
+    def add(self, record: Record) -> None:
+        """Keep a whole record, as :meth:`all_made` gives them."""
+        write_json(self._made(System(record["name"], record["role"]).slug), record)
 
     def all_made(self) -> Iterator[Record]:
         """All records, in the order of their files."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accuracy.material import WORDS
 from accuracy.store import Record
@@ -106,13 +105,7 @@ def _chapter(chapter: Chapter) -> list[str]:
 
 def _circumstances(chapter: Chapter) -> str:
     about, of, calibration = chapter.evaluated, chapter.evaluated["of"], chapter.calibrated["of"]
-    machine: dict[str, Any] = about.get("environment", {})
-    packages = machine.get("packages", {})
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("anyquant", "torch", "numpy") if name in packages)
-    where = (
-        f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('cores', '?')} cores, {machine.get('system', '')}; "
-        f"Python {machine.get('python', '?')}, {versions}."
-    )
+    where = f"Measured on {'; and on '.join(map(_machine, about.get('machines', [])))}."
     if not chapter.judge.has_text:
         return (
             f"Evaluated on {of['windows']:,} sentences of {about.get('text', '?')}, calibrated on sentences of "
@@ -125,6 +118,15 @@ def _circumstances(chapter: Chapter) -> str:
         f"{calibration['windows']} windows of {calibration['window']} tokens of {text}. "
         f"The source's log-probabilities are kept in FP16, which is a KL of "
         f"{number(about.get('rounding_kl', 0.0))}. {where}"
+    )
+
+
+def _machine(machine: Record) -> str:
+    packages = machine.get("packages", {})
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("anyquant", "torch", "numpy") if name in packages)
+    return (
+        f"{machine.get('cpu', 'unknown')}, {machine.get('cores', '?')} cores, {machine.get('system', '')}, "
+        f"Python {machine.get('python', '?')}, {versions}"
     )
 
 
