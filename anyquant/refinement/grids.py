@@ -10,6 +10,8 @@ that this made worse stays as it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ from anyquant.refinement.columns import LEAST_GAIN, Group
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
+_ELEMENTS = 1 << 20  # weights of the rows that are refined at a time, for the memory that they take
 _LEAF, _BLOCK = 16, 128  # columns whose h is brought up to date after each of them, and by matrix products
 
 
@@ -41,13 +44,20 @@ def refine_grids(
         A tensor of the same spec.
     """
     arrays = {name: array.copy() for name, array in tensor.arrays.items()}
-    for group in groups:
-        rows = _Rows(weight[group.rows], tensor, spec, group)
+    for part in _parts(groups, max(1, _ELEMENTS // spec.shape[1])):
+        rows = _Rows(weight[part.rows], tensor, spec, part)
         rows.refine(alternations, cycles)
         better = rows.loss() < rows.before
         for name, array in rows.arrays().items():
-            arrays[name][group.rows][better] = array[better]
+            arrays[name][part.rows][better] = array[better]
     return Tensor(spec, arrays)
+
+
+def _parts(groups: list[Group], rows: int) -> Iterator[Group]:
+    """The groups, cut where they have more rows."""
+    for group in groups:
+        for start in range(group.rows.start, group.rows.stop, rows):
+            yield Group(slice(start, min(start + rows, group.rows.stop)), group.moment)
 
 
 class _Rows:

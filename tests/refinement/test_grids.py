@@ -10,7 +10,7 @@ import pytest
 from anyquant.affine_grids import Kind, full_range, side_by_side
 from anyquant.ir import AffineSpec, Tensor, dequantize
 from anyquant.ir.packing import pack, unpack
-from anyquant.refinement import losses, refine
+from anyquant.refinement import grids, losses, refine
 
 MOMENTS = ["correlated", "diagonal", "low rank", "dead columns", "massive", "zero"]
 WEIGHTS = ["normal", "few values", "constant", "zero", "heavy tails"]
@@ -134,6 +134,16 @@ def test_groups_of_rows_know_nothing_of_each_other(moment_of: Arrays, weight_of:
     for part, moment in zip(np.array_split(np.arange(10), 3), moments, strict=True):
         alone = Tensor(AffineSpec((len(part), 36), 2, 16), {name: array[part] for name, array in tensor.arrays.items()})
         np.testing.assert_array_equal(values[part], dequantize(refine(weight[part], alone, moment)))
+
+
+def test_many_rows_are_refined_in_parts(moment_of: Arrays, weight_of: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = weight_of("normal", (11, 33)), moment_of("correlated", 33)
+    tensor = rounded(weight, 2, 16)
+    whole = refine(weight, tensor, moment)
+    monkeypatch.setattr(grids, "_ELEMENTS", 4 * 33)
+    parts = refine(weight, tensor, moment)
+    np.testing.assert_allclose(losses(weight, parts, moment), losses(weight, whole, moment), rtol=0.05)
+    assert (losses(weight, parts, moment) < losses(weight, tensor, moment)).all()
 
 
 def test_what_is_given_is_left_alone(moment_of: Arrays, weight_of: Arrays) -> None:
