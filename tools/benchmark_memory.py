@@ -44,6 +44,7 @@ from anyquant.console import table
 METHODS: Mapping[str, tuple[str, ...]] = {
     "block": ("--method", "block", "--bits", "4.75"),
     "affine": ("--method", "affine", "--bits", "3.5"),
+    "affine --refine": ("--method", "affine", "--bits", "3.5", "--refine"),
     "ggml": ("--method", "ggml", "--bits", "4.25"),
     "skim": ("--method", "skim", "--bits", "3.5"),
     "skim --refine": ("--method", "skim", "--bits", "3.5", "--refine"),
