@@ -64,8 +64,8 @@ class Job:
             ("uniform": all have the same level). Unless given it is the model, but each matrix where errors do not
             compare across matrices: weighted by activations alone, of outputs without gradients, or an order.
         calibration: the texts that statistics are taken on, and what is recorded of them; see
-            :attr:`calibration_settings`. Of no account where the method needs no statistics.
-        refine: whether codebooks and codes are refined for the outputs of their matrix once they are there.
+            :attr:`calibration_settings`. Of no account where neither the method nor ``refine`` needs statistics.
+        refine: whether codes, and codebooks or scales, are refined for the outputs of their matrix at last.
         sequential: whether matrices are quantized in the order of the model, each for the inputs that it has with all
             those before it quantized.
         search: how the bits of matrices are found: "greedy", by measured errors, or "tpe", by trials after that.

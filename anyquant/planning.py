@@ -120,7 +120,7 @@ def plan(
             f"--allocation matrix spreads bits over the rows of a matrix, but the method {job.method} gives a matrix "
             "one number of bits. Leave it out: bits are spread over the matrices then."
         )
-    if job.refine and not any(map(is_refinable, forms.pick(forms.uniform()[0]).values())):
+    if job.refine and not all(map(is_refinable, forms.pick(forms.uniform()[0]).values())):
         raise UsageError(
             f"--refine is for codebooks and affine blocks, which the method {job.method} does not make. Leave it out."
         )
@@ -254,7 +254,8 @@ def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[floa
     if job.scope != "uniform":
         # Of a method that takes no text, a width by its very number is that width. Others have pairs of width and block
         # length, or types, of which one for all loses far more than a mix of the same size.
-        exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6 and forms.whole and not job.needs_statistics]
+        takes_text = forms.method.needs_statistics(forms.settings)
+        exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6 and forms.whole and not takes_text]
         return uniform[exact[-1]] if exact else None
     near = sorted((abs(cost - limit), i) for i, cost in enumerate(costs) if abs(cost - limit) <= _TOLERANCE)
     if job.target.bits is None:

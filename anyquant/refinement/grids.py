@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.affine_grids import Grid, Kind, Steps
-from anyquant.ir import AffineSpec, Tensor, dequantize
+from anyquant.ir import FP16_MAX, AffineSpec, Tensor, dequantize
 from anyquant.ir.packing import pack, unpack
 from anyquant.refinement.columns import LEAST_GAIN, Group
 
@@ -24,6 +24,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 _ELEMENTS = 1 << 20  # weights of the rows that are refined at a time, for the memory that they take
+_LEAST_POWER = 1e-12  # of a column, relative to the mean of all
 _LEAF, _BLOCK = 16, 128  # columns whose h is brought up to date after each of them, and by matrix products
 
 
@@ -109,6 +110,7 @@ class _Rows:
     def _sweep(self) -> float:
         """Choose the code of every weight once, in the order of the columns; what all rows gained."""
         columns, moment, error, gained = self._spec.shape[1], self._moment, self._error, 0.0
+        least = _LEAST_POWER * moment.diagonal().mean()
         for block in range(0, columns, _BLOCK):
             end = min(block + _BLOCK, columns)
             h = moment[block:end] @ error
@@ -117,7 +119,7 @@ class _Rows:
                 before = error[start:stop].copy()
                 for column in range(start, stop):
                     power = moment[column, column]
-                    if power > 0:  # else the loss does not depend on it
+                    if power > least:  # else the loss does not depend on it
                         change = self._choose(column, h[column - block], power)
                         gained -= float(change @ (2 * h[column - block] + power * change))
                         h[column + 1 - block : stop - block] += moment[column + 1 : stop, column, None] * change
@@ -144,12 +146,12 @@ class _Rows:
             along = np.einsum("ji,ji->i", multiples, moment @ self._error)
             power = np.einsum("ji,ji->i", multiples, moment[:, columns] @ multiples)
             step = np.divide(-along, power, out=np.zeros_like(along), where=power > 0)
-            with np.errstate(over="ignore"):
-                scale = (self._scale[block].astype(np.float32) + step).astype(np.float16)
-            step = scale.astype(np.float32) - self._scale[block].astype(np.float32)
+            before = self._scale[block].astype(np.float32)
+            scale = np.clip(before + step, -FP16_MAX, FP16_MAX).astype(np.float16)
+            step = scale.astype(np.float32) - before
             # FP16 can be so coarse that the next scale is beyond the best one by more than the last was short of it.
             gain = -step * (2 * along + step * power)
-            better = np.isfinite(step) & (gain > 0)
+            better = gain > 0
             gained += float(gain[better].sum())
             self._scale[block] = np.where(better, scale, self._scale[block])
             self._steps[block] = Grid(self._scale[block], self._zero[block]).steps(self._kind)

@@ -350,11 +350,28 @@ def test_another_machine_goes_on_from_records(
     assert tables[1].read_text(encoding="utf-8") == tables[0].read_text(encoding="utf-8")
     steps.clear()
     capsys.readouterr()
-    assert measured(tool, *elsewhere, "--targets", 4.5, "--systems", f"{PATTERN},block @ 4.5") == 1
+    assert measured(tool, *elsewhere, "--targets", 5.5, "--systems", f"{PATTERN},block @ 5.5") == 1
     assert steps == ["peers", "source", "measure"]  # not the peer again
-    assert "block @ 4.5" in json.loads(file.read_text(encoding="utf-8"))["systems"][0]["name"]
+    assert "block @ 5.5" in {system["name"] for system in json.loads(file.read_text(encoding="utf-8"))["systems"]}
+    steps.clear()  # statistics were taken there, and are not here
+    assert measured(tool, *elsewhere, "--targets", 2, "--systems", "GPTQ 4 bits? group 64") == 1
+    assert steps == ["peers", "calibrate", "peer", "measure"]
     assert measured(tool, *elsewhere, "--report", "--output", tables[2]) == 1
-    assert "block @ 4.5" in tables[2].read_text(encoding="utf-8")
+    assert "block @ 5.5" in tables[2].read_text(encoding="utf-8")
+
+
+def test_what_a_killed_run_left_of_the_source_is_not_taken_for_its_answers(
+    tool: ModuleType, measured: Setup, steps: list[str], tmp_path: Path
+) -> None:
+    kept = ["--records", tmp_path / "records"]
+    assert measured(tool, "--targets", 2, "--systems", PATTERN, *kept) == 1
+    elsewhere = ["--work", tmp_path / "elsewhere", *kept]
+    assert measured(tool, *elsewhere, "--report") == 1
+    (evaluation,) = {path.parent for path in (tmp_path / "elsewhere").glob("*/*/source.npz")}
+    (evaluation / "logprobs.npy").write_bytes(b"half of them")
+    steps.clear()
+    assert measured(tool, *elsewhere, "--targets", 5.5, "--systems", "block @ 5.5") == 1
+    assert steps == ["peers", "source", "measure"]
 
 
 def test_records_of_something_else_are_refused(
@@ -384,6 +401,7 @@ def test_records_keep_what_is_not_finite(accuracy: Callable[[str], Any], tmp_pat
     lost(np.full((3, 4), np.nan), np.full((3, 5), np.inf), source.agrees).save(kept.lost(record))
     accuracy("records").write_records(tmp_path / "a.json", kept)
     again = store.Store(tmp_path / "b", "calibration", "evaluation")
+    again.add({"name": "broken", "role": "peer", "failed": "here it found no memory"})  # what was measured goes before
     accuracy("records").read_records(tmp_path / "a.json", again)
     assert list(again.all_made()) == [record]
     found = lost.load(again.lost(record))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accuracy.evaluation import Lost
-from accuracy.store import ABOUT, SOURCE, Store, write_json
+from accuracy.store import ABOUT, SOURCE, Record, Store, write_json
 from anyquant.errors import InputError, MachineError, UsageError
 from anyquant.ir import read_json
 
@@ -29,10 +29,9 @@ def write_records(path: Path, store: Store) -> None:
     """
     systems = []
     for record in store.all_made():
-        lost = store.lost(record) if "digest" in record else None
-        if lost is not None and lost.is_file():
-            systems.append({**record, "windows": _numbers(Lost.load(lost))})
-        elif "infeasible" in record or "failed" in record:
+        if "digest" in record and store.lost(record).is_file():
+            systems.append({**record, "windows": _numbers(Lost.load(store.lost(record)))})
+        elif "digest" not in record:  # infeasible, or failed
             systems.append(record)
     text = json.dumps(
         {
@@ -70,21 +69,36 @@ def read_records(path: Path, store: Store) -> None:
                 "another --records."
             )
         store.claim(calibration["of"], evaluation["of"])
-        for folder, about in ((store.calibrated, calibration), (store.evaluated, evaluation)):
-            write_json(folder / ABOUT, {**about, **store.about(folder)})
+        _add_about(store, calibration, evaluation)
         if not (store.evaluated / SOURCE).is_file():
             _lost(found["source"]).save(store.evaluated / SOURCE)
-        known = {record["name"] for record in store.all_made()}
+        known = {record["name"] for record in store.all_made() if _is_known(store, record)}
         for system in systems:
             if system["name"] not in known:
                 windows = system.pop("windows", None)
-                store.add(system)
                 if windows is not None:
                     _lost(windows).save(store.lost(system))
+                store.add(system)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise InputError(f"{path} holds no records of this benchmark: {error!r}") from error
+
+
+def _add_about(store: Store, calibration: Record, evaluation: Record) -> None:
+    """Put together what is noted here and there; calibrations of elsewhere are marked, their folders are not here."""
+    here = store.about(store.calibrated)
+    taken = {name: {**each, "elsewhere": True} for name, each in calibration.get("calibrations", {}).items()}
+    write_json(
+        store.calibrated / ABOUT,
+        {**calibration, **here, "calibrations": {**taken, **here.get("calibrations", {})}},
+    )
+    here = store.about(store.evaluated)
+    machines = evaluation.get("machines", [])
+    machines += [machine for machine in here.get("machines", []) if machine not in machines]
+    write_json(store.evaluated / ABOUT, {**evaluation, **here, "machines": machines})
+
+
+def _is_known(store: Store, record: Record) -> bool:
+    return "infeasible" in record or ("digest" in record and store.lost(record).is_file())
 
 
 def _numbers(lost: Lost) -> dict[str, list[float | None]]:

@@ -22,6 +22,8 @@ from anyquant.job import Job
 from anyquant.planning import feasible_bits
 from anyquant.workfolder import work_folder
 
+_ANSWERED = "answered"  # an empty file: all that the source says is here, and not just what it lost
+
 
 class Failed(AnyquantError):
     """A step ended with an error."""
@@ -88,8 +90,8 @@ class Benchmark:
 
     def source(self) -> None:
         """Run the source, unless its answers are there, and not just what it lost."""
-        result = self._store.evaluated / SOURCE
-        if result.is_file() and any(self._store.evaluated.glob("*.npy")):
+        result, answered = self._store.evaluated / SOURCE, self._store.evaluated / _ANSWERED
+        if result.is_file() and answered.is_file():
             return
         self._say(
             "running the source"
@@ -104,6 +106,7 @@ class Benchmark:
         machines += [] if here in machines else [here]
         self._store.note(self._store.evaluated, **found, machines=machines)
         temporary.replace(result)
+        answered.touch()
 
     def system(self, system: System) -> None:
         """Make and measure a system, unless that was done; what goes wrong is kept as its result."""
@@ -222,7 +225,7 @@ class Benchmark:
 
     def _calibrate(self, folder: Path, known: Record, **task: Any) -> Path:
         done = self._store.about(self._store.calibrated).get("calibrations", {})
-        if folder.name not in done or not folder.is_dir():
+        if done.get(folder.name, {"elsewhere": True}).get("elsewhere"):
             self._say(f"calibrating: {', '.join(f'{name} {value}' for name, value in known.items())}")
             answer, found = self._step(
                 "calibrate", "the calibration", model=str(self._material.model), folder=str(folder), **task
