@@ -140,6 +140,10 @@ def run(cli: click.Command) -> None:
         click.echo(f"anyquant: {message}", err=True)
         if as_json and document:
             click.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+        if code == Interrupted.exit_code:
+            # CPython notes a Ctrl-C that came while source was executed, as dataclasses do when they are imported, and
+            # `python -m` then ends by the signal instead of with the exit code. The next source makes it forget that.
+            exec("")
         sys.exit(code)
 
     try:

@@ -122,6 +122,18 @@ def test_ctrl_c_says_how_to_go_on(tiny_llama: Path, tmp_path: Path) -> None:
     assert ir.open_ir(tmp_path / "out").quantized_bits <= 3.3
 
 
+def test_ctrl_c_while_source_is_executed_is_130_too(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import click\nfrom anyquant.console import run\n"
+        "@click.command()\ndef verb():\n    exec('raise KeyboardInterrupt')\n"
+        "run(verb)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
+
+
 def test_ctrl_c_in_a_verb_that_goes_on_by_itself(
     invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path
 ) -> None:
