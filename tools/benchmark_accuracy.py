@@ -86,7 +86,7 @@ def rows_of(store: Store) -> list[Row]:
     """All systems that were measured."""
     found = []
     for record in store.all_made():
-        if "digest" in record and store.lost(record).is_file():
+        if store.is_measured(record):
             fields = {name: record[name] for name in ("name", "role", "label", "bits", "seconds", "peak")}
             lost = Lost.load(store.lost(record)).by_window()
             found.append(Row(**fields, fresh=record.get("fresh", True), lost=lost))

@@ -29,7 +29,7 @@ def write_records(path: Path, store: Store) -> None:
     """
     systems = []
     for record in store.all_made():
-        if "digest" in record and store.lost(record).is_file():
+        if store.is_measured(record):
             systems.append({**record, "windows": _numbers(Lost.load(store.lost(record)))})
         elif "digest" not in record:  # infeasible, or failed
             systems.append(record)
@@ -72,7 +72,7 @@ def read_records(path: Path, store: Store) -> None:
         _add_about(store, calibration, evaluation)
         if not (store.evaluated / SOURCE).is_file():
             _lost(found["source"]).save(store.evaluated / SOURCE)
-        known = {record["name"] for record in store.all_made() if _is_known(store, record)}
+        known = {record["name"] for record in store.all_made() if "infeasible" in record or store.is_measured(record)}
         for system in systems:
             if system["name"] not in known:
                 windows = system.pop("windows", None)
@@ -95,10 +95,6 @@ def _add_about(store: Store, calibration: Record, evaluation: Record) -> None:
     machines = evaluation.get("machines", [])
     machines += [machine for machine in here.get("machines", []) if machine not in machines]
     write_json(store.evaluated / ABOUT, {**evaluation, **here, "machines": machines})
-
-
-def _is_known(store: Store, record: Record) -> bool:
-    return "infeasible" in record or ("digest" in record and store.lost(record).is_file())
 
 
 def _numbers(lost: Lost) -> dict[str, list[float | None]]:

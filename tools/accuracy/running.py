@@ -111,7 +111,7 @@ class Benchmark:
     def system(self, system: System) -> None:
         """Make and measure a system, unless that was done; what goes wrong is kept as its result."""
         record = self._store.made(system)
-        if record is not None and ("infeasible" in record or self._is_measured(record)):
+        if record is not None and ("infeasible" in record or self._store.is_measured(record)):
             return
         self._clear()
         try:
@@ -122,7 +122,7 @@ class Benchmark:
             record = self._store.made(system) or made
             if "infeasible" in record:
                 self._say(f"{system.name}: infeasible")
-            elif not self._is_measured(record):
+            elif not self._store.is_measured(record):
                 self._measure(system, record)
                 self._say(f"{system.name}: {record['bits']:.3f} bits, {record['seconds']:.0f} s")
         except (Failed, UsageError) as error:
@@ -130,9 +130,6 @@ class Benchmark:
             self._say(f"{system.name}: failed: {error}")
         finally:
             self._clear()
-
-    def _is_measured(self, record: Record) -> bool:
-        return "digest" in record and self._store.lost(record).is_file()
 
     def _clear(self) -> None:
         folder = self._store.candidate

@@ -120,6 +120,10 @@ class Store:
         suffix = f"-{record['activations']}" if record.get("activations") else ""
         return self.evaluated / f"{record['digest'][:24]}{suffix}.npz"
 
+    def is_measured(self, record: Record) -> bool:
+        """Whether it is known what that lost, not just how it was made."""
+        return "digest" in record and self.lost(record).is_file()
+
     def forget(self, system: System) -> None:
         """Let a system be made and measured again; its tables of errors go as well."""
         record = self.made(system)
