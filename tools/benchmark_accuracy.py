@@ -9,8 +9,8 @@ Sources: dithered (SmolLM2-135M as a float model, which the targets are for), st
 sentence encoder), or another language model's folder. Everything that is measured stays in --work and is not measured
 again; the report tells of all sources that were measured there with the same texts and windows.
 
-The peer HQQ needs the package hqq: pip install 'anyquant[benchmark]', or a folder that has it in PYTHONPATH. AutoRound
-is an option for those who have hours: it needs auto-round 0.16, and --systems 'AutoRound 3*' runs it alone. The
+The peer HQQ needs the package hqq: pip install -e '.[benchmark]', or a folder that has it in PYTHONPATH. AutoRound is
+an option for those who have hours: it needs auto-round 0.16, and runs where --systems names it ('AutoRound 3*'). The
 source's answers take 3 GB in --work, a model that is being measured .5 GB.
 
 Exit codes: 0 all targets hold on --source; 1 one does not, or was not measured; others are anyquant's.
@@ -19,10 +19,9 @@ Exit codes: 0 all targets hold on --source; 1 one does not, or was not measured;
 from __future__ import annotations
 
 import argparse
-import hashlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -32,6 +31,7 @@ from accuracy import embeddings
 from accuracy.commands import Calibration
 from accuracy.evaluation import Lost
 from accuracy.material import CALIBRATIONS, DITHERED, ENCODER, STOCK, Material, material
+from accuracy.peers import GGML, HQQ
 from accuracy.records import read_records, write_records
 from accuracy.running import Benchmark
 from accuracy.store import ABOUT, SOURCE, Store
@@ -53,7 +53,7 @@ def store_of(arguments: argparse.Namespace, source: str) -> Store:
     encoder = source == ENCODER
     calib = arguments.calib
     if calib not in (*CALIBRATIONS, "self"):
-        calib = f"{Path(calib).stem}-{hashlib.sha256(str(Path(calib).resolve()).encode()).hexdigest()[:6]}"
+        calib = Path(calib).stem
     text = "evaluation" if arguments.text is None else f"evaluation-{arguments.text.stem}"
     size = f"{windows_of(arguments, source)}" + ("" if encoder else f"x{arguments.window}")
     calibration = calib if encoder else f"{calib}-{arguments.calib_windows}x{arguments.calib_window}"
@@ -70,8 +70,10 @@ def windows_of(arguments: argparse.Namespace, source: str) -> int:
     return embeddings.EVALUATION_SENTENCES if source == ENCODER else WINDOWS
 
 
-def systems_of(arguments: argparse.Namespace, peers: Sequence[str], *, encoder: bool) -> list[System]:
-    """Everything that is asked for, in the order in which it runs.
+def systems_of(
+    arguments: argparse.Namespace, peers: Iterable[str], optional: Iterable[str], *, encoder: bool
+) -> list[System]:
+    """Everything that is asked for, in the order in which it runs; optional peers where a pattern names them.
 
     Raises:
         UsageError: a pattern matches nothing.
@@ -79,7 +81,8 @@ def systems_of(arguments: argparse.Namespace, peers: Sequence[str], *, encoder: 
     own = ours(arguments.targets)
     if encoder:
         own = [system for system in own if embeddings.takes(list(system.arguments))]
-    return chosen([*own, *map(peer, peers)], arguments.systems)
+    asked = [peer(name) for name in optional if matches(peer(name), arguments.systems)]
+    return chosen([*own, *map(peer, peers), *asked], arguments.systems)
 
 
 def rows_of(store: Store) -> list[Row]:
@@ -102,7 +105,19 @@ def judge_of(store: Store) -> Judge:
     source = store.evaluated / SOURCE
     if not source.is_file():
         raise InputError(f"{store.evaluated} holds no measurement. Leave out --report to measure.")
-    return Judge(rows_of(store), Lost.load(source).by_window(), peers=store.about(store.calibrated).get("peers"))
+    return Judge(rows_of(store), Lost.load(source).by_window(), wanted=wanted_of(store))
+
+
+def wanted_of(store: Store) -> dict[str, float | None]:
+    """All rivals that there have to be, with their bits where they are known before they run."""
+    about = store.about(store.calibrated)
+    encoder = store.source.name == ENCODER
+    infeasible = {record["name"] for record in store.all_made() if "infeasible" in record}
+    baselines = [system for system in ours() if system.role == "baseline" and system.name not in infeasible]
+    if encoder:
+        baselines = [system for system in baselines if embeddings.takes(list(system.arguments))]
+    missing = [note for note in about.get("notes", []) if note.startswith((HQQ, GGML))]
+    return {**about.get("peers", {}), **dict.fromkeys([*(system.name for system in baselines), *missing])}
 
 
 def measure(arguments: argparse.Namespace, found: Material, store: Store) -> None:
@@ -110,7 +125,7 @@ def measure(arguments: argparse.Namespace, found: Material, store: Store) -> Non
     calibration = Calibration(found.calibration, arguments.calib_windows, arguments.calib_window, arguments.seed)
     windows = windows_of(arguments, arguments.source)
     benchmark = Benchmark(found, store, calibration, windows, arguments.window, arguments.seed, _say)
-    systems = systems_of(arguments, list(benchmark.peers()), encoder=found.is_encoder)
+    systems = systems_of(arguments, *benchmark.peers(), encoder=found.is_encoder)
     for system in systems if arguments.again else ():
         store.forget(system)
     benchmark.source()

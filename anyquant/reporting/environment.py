@@ -30,13 +30,14 @@ def environment(threads: int) -> dict[str, Any]:
     """The versions, the processor, its cores and the threads used."""
     return {
         **versions(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Its name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

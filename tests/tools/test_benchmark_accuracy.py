@@ -132,6 +132,47 @@ def test_losses_are_those_of_the_plain_way(measured: Setup, tiny_llama: Path, ac
     assert 0 <= about["rounding_kl"] < 1e-5
 
 
+def test_sequential_peers_see_what_quantized_matrices_make(
+    measured: Setup, accuracy: Callable[[str], Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The first matrices see what they saw before; the first of the second block, what GPTQ's first block makes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from anyquant.calibration import open_statistics
+
+    worker, candidates = accuracy("worker"), accuracy("candidates")
+    (statistics,) = {path.parent for path in measured.work.glob("*/*/calibrations/*/about.json")
+                     if "activation" in path.read_text(encoding="utf-8")}  # fmt: skip
+    task = {"model": str(tiny_llama), "statistics": str(statistics)}
+    read = []
+    for name in (f"{PEER}, clipped", f"{PEER}, clipped, sequential"):
+        folder = tmp_path / f"{len(read)}"
+        answer = worker.make_peer({**task, "name": name, "candidate": str(folder)})
+        read.append(candidates.reader(folder, lambda name: pytest.fail(f"{name} was not quantized")))
+        assert 3 < answer["bits"] < 3.5
+    plain, sequential = read
+    first, later = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    np.testing.assert_array_equal(plain(first), sequential(first))
+    assert np.abs(plain(later) - sequential(later)).max() > 0
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    weight = model.get_parameter(later).detach().numpy().copy()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "layers.0." in name:
+                parameter.copy_(torch.from_numpy(np.array(sequential(name))))
+        inputs: list[torch.Tensor] = []
+        model.get_submodule(later.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, arguments: inputs.append(arguments[0])
+        )
+        model(torch.from_numpy(open_statistics(statistics).ids()))
+    seen = inputs[0].reshape(-1, weight.shape[1]).double().numpy()
+    expected = accuracy("grids").gptq(3, clipped=True).quantize(weight, (seen.T @ seen / len(seen)).astype(np.float32))
+    assert (np.abs(expected - sequential(later)) > 1e-3 * np.abs(weight).max()).mean() < 0.01
+    assert (np.abs(expected - plain(later)) > 1e-3 * np.abs(weight).max()).mean() > 0.01
+
+
 def test_what_is_measured_is_not_measured_again(
     tool: ModuleType,
     measured: Setup,

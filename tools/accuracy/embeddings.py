@@ -62,7 +62,8 @@ def takes(arguments: Sequence[str]) -> bool:
 
 
 def _peers(encoder: Encoder, notes: list[str]) -> list[Contender]:
-    return contenders(Model(encoder.layers, 1), encoder.shapes, notes.append)
+    found = contenders(Model(encoder.layers, 1), encoder.shapes, notes.append)
+    return [peer for peer in found if not peer.sequential]  # its matrices are quantized without running it
 
 
 def list_peers(task: Task) -> dict[str, Any]:

@@ -27,12 +27,14 @@ def available() -> bool:
     return True
 
 
-def hqq(bits: int, group: int = GROUP) -> Peer:
-    """HQQ with its default optimizer, groups along the columns (axis 1).
+def hqq(bits: int, group: int = GROUP, axis: int = 1) -> Peer:
+    """HQQ with its default optimizer; zeros are rounded at 4 bits, as its configuration has it.
 
     Args:
         bits: of a code: 1..6 or 8.
-        group: columns that share scale and zero; a matrix' columns must be a multiple of it.
+        group: weights that share scale and zero; a matrix' columns must be a multiple of it.
+        axis: 1, the default of its configuration: groups are of neighbours in a row; 0, that of its function, and the
+            one that its kernels take: of weights that lie as many as there are groups apart.
 
     Raises:
         MissingDependency: hqq is not installed.
@@ -46,7 +48,7 @@ def hqq(bits: int, group: int = GROUP) -> Peer:
             raise UsageError(f"HQQ needs columns in groups of {group}; this matrix is {list(weight.shape)}.")
         codes, meta = quantizer.quantize(
             torch.from_numpy(np.array(weight)),
-            nbits=bits, group_size=group, axis=1, optimize=True, bitpack=False, device="cpu",
+            nbits=bits, group_size=group, axis=axis, optimize=True, round_zero=bits == 4, bitpack=False, device="cpu",
         )  # fmt: skip
         scale, zero = (meta[key].to(torch.float16).to(torch.float32) for key in ("scale", "zero"))
         values: Floats = ((codes.to(torch.float32) - zero) * scale).reshape(weight.shape).numpy()
@@ -55,7 +57,7 @@ def hqq(bits: int, group: int = GROUP) -> Peer:
     def counted(shape: Shape) -> float:
         return bits + 32 / group
 
-    return Peer(f"HQQ {bits} bits, group {group}", counted, quantize)
+    return Peer(f"HQQ {bits} bits, group {group}{'' if axis else ', axis 0'}", counted, quantize)
 
 
 def _quantizer() -> Any:

@@ -37,15 +37,17 @@ class Contender:
     Attributes:
         name: of the row in a table.
         peer: (name of a matrix as in a Hugging Face checkpoint, shape) -> what quantizes it.
+        sequential: whether each matrix is quantized for what the quantized ones before it make of the text.
     """
 
     name: str
     peer: Callable[[str, Shape], Peer]
+    sequential: bool = False
 
     @classmethod
-    def uniform(cls, peer: Peer) -> Contender:
+    def uniform(cls, peer: Peer, *, sequential: bool = False) -> Contender:
         """The same for all matrices."""
-        return cls(peer.name, lambda name, shape: peer)
+        return cls(f"{peer.name}{', sequential' if sequential else ''}", lambda name, shape: peer, sequential)
 
     def bits(self, shapes: Mapping[str, Shape]) -> float:
         """Stored bits per weight of a model with these matrices."""

@@ -9,6 +9,7 @@ from accuracy.grids import GROUP, gptq, rtn
 from accuracy.interface import Contender, Peer, Shape
 from accuracy.mixes import MIXES, Model, mixed
 
+HQQ, GGML = "HQQ is left out", "llama.cpp's types are left out"
 WIDTHS = (2, 3, 4)
 PURE = ("MXFP4", "Q4_0", "IQ4_NL")
 """Types that fit all matrices of the benchmark, for all of them; the mixes of these names make exceptions."""
@@ -23,15 +24,21 @@ def contenders(model: Model, shapes: Mapping[str, Shape], note: Callable[[str], 
         note: told who is missing, and why.
     """
     found = [Contender.uniform(peer) for peer in _grids()]
+    # In the order of GPTQ's own code. It has not brought its other settings below these, which cost less.
+    found += [
+        Contender.uniform(gptq(bits, group, clipped=True), sequential=True)
+        for bits in WIDTHS
+        for group in (GROUP, None)
+    ]
     if half_quadratic.available():
-        found += [Contender.uniform(half_quadratic.hqq(bits)) for bits in WIDTHS]
+        found += [Contender.uniform(half_quadratic.hqq(bits, axis=axis)) for bits in WIDTHS for axis in (1, 0)]
     else:
-        note("HQQ is left out: pip install hqq")
+        note(f"{HQQ}: pip install -e '.[benchmark]'")
     if ggml.available():
         pure = [Contender.uniform(ggml.ggml(name)) for name in PURE]
         found += _distinct([*pure, *(mixed(mix, model) for mix in MIXES)], shapes, note)
     else:
-        note("llama.cpp's types are left out: pip install libggml-python")
+        note(f"{GGML}: pip install -e '.[ggml]'")
     return sorted(found, key=lambda contender: contender.bits(shapes))
 
 

@@ -14,12 +14,13 @@ from accuracy import candidates, processes
 from accuracy.commands import Calibration, complete, job_of, key
 from accuracy.material import Material
 from accuracy.processes import Finished
-from accuracy.store import SOURCE, Record, Store, sha256
+from accuracy.store import SOURCE, Record, Store, code_state, sha256
 from accuracy.systems import System
 from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import AnyquantError, UsageError
 from anyquant.job import Job
 from anyquant.planning import feasible_bits
+from anyquant.reporting.environment import processor
 from anyquant.workfolder import work_folder
 
 _ANSWERED = "answered"  # an empty file: all that the source says is here, and not just what it lost
@@ -80,13 +81,13 @@ class Benchmark:
         )  # fmt: skip
         store.note(store.calibrated, text=Path(calibration.text).name)
 
-    def peers(self) -> dict[str, float]:
-        """Names of the peers with their bits; says who is missing."""
+    def peers(self) -> tuple[list[str], list[str]]:
+        """Names of the peers, and of those that run on request alone; says who is missing."""
         found = self._step("peers", "listing the peers", model=str(self._material.model))[0]
         for note in found["notes"]:
             self._say(note)
         self._store.note(self._store.calibrated, notes=found["notes"], peers=found["peers"])
-        return dict(found["peers"])
+        return list(found["peers"]), list(found.get("optional", {}))
 
     def source(self) -> None:
         """Run the source, unless its answers are there, and not just what it lost."""
@@ -118,7 +119,7 @@ class Benchmark:
             made = self._make(system)
             # The first time is the one that tells what it takes from the start.
             if record is None or record.get("digest") != made.get("digest"):
-                self._store.save_made(system, made)
+                self._store.save_made(system, {**made, "code": code_state(), "cpu": processor()})
             record = self._store.made(system) or made
             if "infeasible" in record:
                 self._say(f"{system.name}: infeasible")

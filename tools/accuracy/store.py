@@ -37,6 +37,17 @@ def write_json(path: Path, value: Record) -> None:
     temporary.replace(path)
 
 
+def code_state() -> str:
+    """A short digest of all code that a result may depend on: a row of another state may not be what this one gives."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for folder in ("anyquant", "kernels", "tools/accuracy"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with path.open("rb") as file:

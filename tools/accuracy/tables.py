@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def section(chapters: Sequence[Chapter]) -> str:
         "paired, and a tie is an interval that contains zero. The method that a target is judged by is picked and "
         "compared on the same windows. "
         "Seconds are beyond the calibration: from scratch, or (in parentheses) with tables of errors that an earlier "
-        "target left. Memory is the peak of all processes. Calibration and evaluation texts share no line of prose.",
+        "target left. Memory is the peak of all processes, calibration again aside. Calibration and evaluation texts "
+        "share no line of prose.",
     ]
     for chapter in chapters:
         parts += _chapter(chapter)
@@ -82,7 +84,9 @@ def write(path: Path, text: str) -> None:
 
 def _chapter(chapter: Chapter) -> list[str]:
     judge, parts = chapter.judge, [f"### {WORDS.get(chapter.source, chapter.source)}", f"    {chapter.command}"]
-    parts.append(_circumstances(chapter))
+    parts += [_circumstances(chapter), _states(chapter.records)]
+    if notes := chapter.calibrated.get("notes"):
+        parts.append(f"Of the peers: {'; '.join(notes)}.")
     rows = sorted(judge.rows, key=lambda row: (row.bits, row.name))
     if judge.has_text:
         head = ["system", "", "bits", "perplexity", "KL", "top-1 %", "s", "MB"]
@@ -119,6 +123,16 @@ def _circumstances(chapter: Chapter) -> str:
         f"The source's log-probabilities are kept in FP16, which is a KL of "
         f"{number(about.get('rounding_kl', 0.0))}. {where}"
     )
+
+
+def _states(records: Sequence[Record]) -> str:
+    """Which states of the code the rows are of, and which processors their seconds."""
+
+    def counts(key: str) -> str:
+        found = Counter(f"{record.get(key, 'not noted')}" for record in records if "digest" in record)
+        return ", ".join(f"{name} ({count})" for name, count in found.most_common())
+
+    return f"Rows by the state of the code that made them: {counts('code')}; by their processor: {counts('cpu')}."
 
 
 def _machine(machine: Record) -> str:

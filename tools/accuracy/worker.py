@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from accuracy.evaluation import Lost, Reference
 from accuracy.interface import Contender, Floats, Shape, WholeModel
 from accuracy.mixes import Model
 from accuracy.peers import contenders
-from anyquant.calibration import calibrate, open_statistics
+from anyquant.calibration import MatrixStatistics, calibrate, open_statistics
+from anyquant.calibration.sequential import quantize_in_sequence
 from anyquant.checkpoint import Checkpoint, open_checkpoint
 from anyquant.errors import AnyquantError, InputError, UsageError
 from anyquant.forms import chosen_matrices
@@ -48,8 +49,6 @@ def peers_of(checkpoint: Checkpoint, note: Callable[[str], None]) -> list[Conten
     found: list[Contender | WholeModel] = [*contenders(model, shapes_of(checkpoint), note)]
     if auto_rounding.available():
         found += [auto_rounding.auto_round(bits) for bits in auto_rounding.WIDTHS]
-    else:
-        note("AutoRound is left out: pip install 'auto-round>=0.16'")
     return found
 
 
@@ -70,7 +69,12 @@ def list_peers(task: Task) -> dict[str, Any]:
     notes: list[str] = []
     checkpoint = opened(task["model"])
     shapes = shapes_of(checkpoint)
-    return {"peers": {peer.name: peer.bits(shapes) for peer in peers_of(checkpoint, notes.append)}, "notes": notes}
+    found = peers_of(checkpoint, notes.append)
+    return {
+        "peers": {peer.name: peer.bits(shapes) for peer in found if isinstance(peer, Contender)},
+        "optional": {peer.name: peer.bits(shapes) for peer in found if isinstance(peer, WholeModel)},
+        "notes": notes,
+    }
 
 
 def take_statistics(task: Task) -> dict[str, Any]:
@@ -87,18 +91,25 @@ def make_peer(task: Task) -> dict[str, Any]:
     shapes = shapes_of(checkpoint)
     peer = named(peers_of(checkpoint, lambda note: None), task["name"])
     if isinstance(peer, WholeModel):
-        made = peer.quantize(checkpoint, statistics.ids(), list(shapes))
-        digest = candidates.write_values(Path(task["candidate"]), shapes, (made[name] for name in shapes))
+        whole = peer.quantize(checkpoint, statistics.ids(), list(shapes))
+        digest = candidates.write_values(Path(task["candidate"]), shapes, (whole[name] for name in shapes))
         return {"bits": peer.bits(shapes), "digest": digest}
 
-    def values() -> Iterator[Floats]:
-        for name in shapes:
-            known = statistics.matrix(name)
-            if known is None:
-                raise InputError(f"{name}: the calibration text never reaches it, so that peers cannot quantize it.")
-            yield peer.quantize(name, checkpoint.read(name), known.full())
+    def quantized(name: str, known: MatrixStatistics | None) -> Floats:
+        if known is None:
+            raise InputError(f"{name}: the calibration text never reaches it, so that peers cannot quantize it.")
+        return peer.quantize(name, checkpoint.read(name), known.full())
 
-    digest = candidates.write_values(Path(task["candidate"]), shapes, values())
+    def group(names: list[str], known: dict[str, MatrixStatistics | None]) -> list[tuple[str, Floats]]:
+        found = {name: quantized(name, known[name]) for name in names}
+        made.update(found)
+        return list(found.items())
+
+    made: dict[str, Floats] = {}
+    if peer.sequential:
+        quantize_in_sequence(checkpoint, list(shapes), statistics, group)
+    values = (made[name] if peer.sequential else quantized(name, statistics.matrix(name)) for name in shapes)
+    digest = candidates.write_values(Path(task["candidate"]), shapes, values)
     return {"bits": peer.bits(shapes), "digest": digest}
 
 
