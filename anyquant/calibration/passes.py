@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyquant.calibration.batches import BatchedCall, first
+from anyquant.calibration.batches import Args, Arguments, BatchedCall, Kwargs, first
 from anyquant.calibration.blocks import Parts, StreamedModel
 from anyquant.calibration.capture import Capture, Product, Reading
 from anyquant.calibration.folder import CalibrationFolder
@@ -86,13 +86,26 @@ class StreamedPass:
             block: takes all windows through a block.
         """
 
-        def call(number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return block(
-                number, BatchedCall(forward, args, kwargs, few=self._diagonals_alone), BatchedCall.hidden(args, kwargs)
-            )
+        single = self._single_call()
+
+        def call(number: int, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+            batched = BatchedCall(forward, args, kwargs, single, few=self._diagonals_alone)
+            return block(number, batched, BatchedCall.hidden(args, kwargs))
 
         with self.model.calls(call), self.recording(parts, product), self.capture:
             return self.model.base(input_ids=self.ids, use_cache=False)
+
+    def _single_call(self) -> Arguments:
+        """What the first block is called with for one window."""
+        found: list[Arguments] = []
+
+        def call(number: int, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+            found.append((args, kwargs))
+            raise Finished
+
+        with self.model.calls(call), suppress(Finished):
+            self.model.base(input_ids=self.ids[:1], use_cache=False)
+        return found[0]
 
     def through_block(
         self, number: int, call: BatchedCall, hidden: torch.Tensor, after: Callable[[], None] = lambda: None

@@ -168,6 +168,27 @@ def test_windows_in_batches(
             check(statistics, name, inputs)
 
 
+@pytest.mark.parametrize("windows", [3, 4, 5])
+def test_as_many_windows_as_heads(
+    tiny_checkpoint: Tiny,
+    token_ids: Ids,
+    record: Record,
+    linear_inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    windows: int,
+) -> None:
+    """MPT passes its blocks a bias [heads, 1, window], which has no axis of windows however long it is."""
+    monkeypatch.setattr(batches, "TOKENS", 40)
+    sizes = {"n_heads": 4, "d_model": 64, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64}
+    checkpoint = open_checkpoint(str(tiny_checkpoint("mpt", **sizes)))
+    ids = token_ids(windows, 24)
+    statistics = record(checkpoint, checkpoint.matrices(), ids)
+    inputs = linear_inputs(checkpoint, ids)
+    assert set(checkpoint.matrices()) <= set(inputs)
+    for name in checkpoint.matrices():
+        check(statistics, name, inputs[name])
+
+
 def test_one_block_in_memory_at_a_time(
     tiny_llama: Path, token_ids: Ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
