@@ -134,9 +134,7 @@ def sweep(
     jobs = [job_of(bits=bits, size=None, size_of="ir", **options) for bits in targets]
     measured = TextSettings(text, windows, window, options["seed"]) if text else None
     with work_of(checkpoint, jobs[0], work_dir, out) as work, out.progress("sweeping") as progress:
-        found = sweep_over(
-            checkpoint, jobs, work, measured, trust_remote_code=trust_remote_code, progress=progress, note=out.note
-        )
+        found = sweep_over(checkpoint, jobs, work, measured, progress=progress, note=out.note)
     if report:
         write_sweep(found, report)
     out.result(found.to_json(), lambda: sweep_text(found))

@@ -122,7 +122,7 @@ def run(source: Path, text: Path, windows: int, window: int, rows: Sequence[Roun
     for width, model in models.items():
         if width is not None:
             rounded_weights(model, width)
-    tokenizer = load_tokenizer(checkpoint, False)
+    tokenizer = load_tokenizer(checkpoint)
     cut, notes = cut_text(text, tokenizer, checkpoint.config, window=window, windows=windows, seed=0)
     for note in notes:
         print(note, file=sys.stderr)

@@ -87,7 +87,7 @@ def jobs_of(checkpoint: Checkpoint, base: Job, widths: list[int], targets: list[
 
     def size(width: int) -> float:
         """All bits per weight where the codes have this many."""
-        nearest = min(forms.uniform(), key=lambda chosen: abs(forms.bits(chosen, "index") - width))
+        nearest = min(forms.alike(), key=lambda chosen: abs(forms.bits(chosen, "index") - width))
         return forms.bits(nearest, "all")
 
     # Where a matrix has one number of bits as a whole, there is nothing to spread in it.

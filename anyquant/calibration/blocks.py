@@ -49,7 +49,7 @@ class StreamedModel:
         """
         from anyquant.runtime.model import causal_lm_class
 
-        config, kind = causal_lm_class(checkpoint.config, checkpoint.name, None)
+        config, kind = causal_lm_class(checkpoint.config, checkpoint.name, checkpoint.code_folder())
         # "eager" goes through the experts one by one, each a slice of the fused weights that can be recognized.
         config._experts_implementation = "eager"
         with _parameters_on_meta():

@@ -34,8 +34,8 @@ class Tokens:
     notes: list[str]
 
 
-def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that goes with a checkpoint, by way of a temporary folder.
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer that goes with a checkpoint, by way of a temporary folder; of its own code if that is trusted.
 
     Raises:
         InputError: there is none that transformers can load.
@@ -45,7 +45,7 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> A
     with tempfile.TemporaryDirectory(prefix="anyquant-") as folder:
         checkpoint.write_side_files(Path(folder))
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=checkpoint.code_folder() is not None)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(
                 f"{checkpoint.name}: transformers cannot load its tokenizer, by which texts are cut "

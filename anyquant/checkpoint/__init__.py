@@ -20,7 +20,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_cod
         model: a folder with config.json and safetensors, a .gguf file, or a hub id ("owner/model", also
             "owner/model@revision").
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: keep a model's Python files among its side files. Nothing of a model is ever run here.
+        trust_remote_code: keep a model's Python files among its side files, and let what runs the model run them.
+            Nothing of a model is ever run here.
 
     Raises:
         InputError: not a model, or one that cannot be read (see its subclasses).

@@ -50,6 +50,10 @@ class BaseCheckpoint(ABC):
     def side_files(self) -> dict[str, Path]:
         """Return the side files that exist already; see the protocol."""
 
+    def code_folder(self) -> Path | None:
+        """Return where trusted code lies; see the protocol. Without trust it is no side file."""
+        return next((path.parent for path in self.side_files().values() if path.suffix == ".py"), None)
+
     @abstractmethod
     def _where(self, name: str) -> str:
         """Return the name of the file that holds a tensor."""

@@ -74,6 +74,9 @@ class Checkpoint(Protocol):
         Of a GGUF file that is "source.gguf", the file itself.
         """
 
+    def code_folder(self) -> Path | None:
+        """Return where code lies that the model ships and that is trusted; None if there is none."""
+
     def write_side_files(self, folder: Path) -> None:
         """Write what goes with the weights into a folder: config, tokenizer, generation settings."""
 

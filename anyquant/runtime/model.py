@@ -80,7 +80,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
     native.install()
     folder = Path(path)
     model = ir.open_ir(folder)
-    code = folder if trust_remote_code and "AutoModelForCausalLM" in model.config.get("auto_map", {}) else None
+    code = folder if trust_remote_code else None
     loaded = model_from_state(
         model.config, checkpoint_tensors(model), model.aliases, str(path), dtype=dtype, code_folder=code
     )
@@ -94,7 +94,6 @@ def model_of(
     read: Callable[[str], np.ndarray] | None = None,
     *,
     where: str | None = None,
-    code_folder: Path | None = None,
 ) -> PreTrainedModel:
     """A checkpoint as a causal language model in FP32, in evaluation mode.
 
@@ -102,7 +101,6 @@ def model_of(
         checkpoint: gives architecture and names.
         read: gives the values of a name, matrices as [out, in]; the checkpoint's own unless given.
         where: what messages call it; its name unless given.
-        code_folder: see :func:`model_from_state`.
 
     Raises:
         CorruptFileError: its tensors are not those of the architecture.
@@ -110,7 +108,7 @@ def model_of(
     """
     tensors = as_stored(checkpoint.tensors, read or checkpoint.read, checkpoint.transposed)
     name = checkpoint.name if where is None else where
-    return model_from_state(checkpoint.config, tensors, checkpoint.aliases, name, code_folder=code_folder)
+    return model_from_state(checkpoint.config, tensors, checkpoint.aliases, name, code_folder=checkpoint.code_folder())
 
 
 def model_from_state(
@@ -130,7 +128,7 @@ def model_from_state(
         aliases: name -> the tensor it shares.
         where: the weights come from, for messages.
         dtype: of the parameters; FP32 unless given.
-        code_folder: holds the model's own code, to be trusted; None takes transformers' classes.
+        code_folder: holds what code the model ships, to be trusted; None takes transformers' classes.
 
     Raises:
         UnknownArchitecture: transformers has no such causal language model.
@@ -155,7 +153,7 @@ def causal_lm_class(config: dict[str, Any], where: str, code_folder: Path | None
     """The configuration, and the class of causal language models that goes with it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    if code_folder is not None:
+    if code_folder is not None and "AutoModelForCausalLM" in config.get("auto_map", {}):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         settings = AutoConfig.from_pretrained(code_folder, trust_remote_code=True)
@@ -166,7 +164,8 @@ def causal_lm_class(config: dict[str, Any], where: str, code_folder: Path | None
     except (KeyError, ValueError, TypeError) as error:
         raise UnknownArchitecture(
             f"{where}: transformers has no causal language model for model_type {config.get('model_type')!r} "
-            f"({error}). A newer transformers may; for code shipped with the model pass trust_remote_code=True."
+            f"({error}). A newer transformers may; for code shipped with the model pass --trust-remote-code, or "
+            "trust_remote_code=True."
         ) from error
 
 

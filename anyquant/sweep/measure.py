@@ -64,7 +64,7 @@ class TextSettings:
 
 
 def text_windows(
-    checkpoint: Checkpoint, text: TextSettings, note: Callable[[str], None], *, trust_remote_code: bool = False
+    checkpoint: Checkpoint, text: TextSettings, note: Callable[[str], None]
 ) -> tuple[texts.Windows, dict[str, Any]]:
     """The windows of a text, and what there is to say of them as JSON; ``note`` is told how far they can be trusted.
 
@@ -73,7 +73,7 @@ def text_windows(
         InputError: the text cannot be used, is too short, or the model has no tokenizer.
     """
     text.check()
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint)
     windows, notes = texts.cut_text(
         text.path, tokenizer, checkpoint.config, window=text.window, windows=text.windows, seed=text.seed
     )
@@ -101,7 +101,6 @@ class Meter:
         *,
         seed: int = 0,
         resamples: int = RESAMPLES,
-        trust_remote_code: bool = False,
         progress: ir.Progress | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
@@ -112,12 +111,10 @@ class Meter:
             windows: what to measure on.
             seed: of the bootstrap.
             resamples: of the bootstrap.
-            trust_remote_code: let transformers run the model's own code.
             progress: called after each window of a model.
             note: told how much room the source's logits take.
         """
         self._checkpoint, self._windows, self._progress, self._note = checkpoint, windows, progress, note
-        self._trust = trust_remote_code
         self._boot = Bootstrap(len(windows.ids), resamples, seed)
         self._normalizers: list[Floats] = []
         self._losses: list[Floats] = []
@@ -169,7 +166,7 @@ class Meter:
 
     def _logits(self, values: Values, name: str) -> Iterator[NDArray[np.float32]]:
         """Yield float32 [n, vocabulary] of every window; the model is in memory until the last."""
-        with _runner(self._checkpoint, values, name, self._trust) as runner:
+        with _runner(self._checkpoint, values, name) as runner:
             for number, ids in enumerate(self._windows.ids):
                 yield runner.logits(ids)
                 if self._progress:
@@ -194,7 +191,7 @@ class Meter:
 
 
 @contextmanager
-def _runner(checkpoint: Checkpoint, values: Values, name: str, trust_remote_code: bool) -> Iterator[TorchRunner]:
+def _runner(checkpoint: Checkpoint, values: Values, name: str) -> Iterator[TorchRunner]:
     """The checkpoint's architecture with other values, in PyTorch and FP32."""
     from anyquant.runtime.model import model_of
     from anyquant.validation.runners.torch import TorchRunner, quiet
@@ -208,16 +205,8 @@ def _runner(checkpoint: Checkpoint, values: Values, name: str, trust_remote_code
             waiting[found] = array
         return waiting.pop(wanted)
 
-    code = _code_folder(checkpoint) if trust_remote_code else None
-    runner = TorchRunner(name, model_of(checkpoint, read, code_folder=code))
+    runner = TorchRunner(name, model_of(checkpoint, read))
     try:
         yield runner
     finally:
         runner.close()
-
-
-def _code_folder(checkpoint: Checkpoint) -> Path | None:
-    """Where a model's own code lies, if it has any for this task."""
-    if "AutoModelForCausalLM" not in checkpoint.config.get("auto_map", {}):
-        return None
-    return next((path.parent for path in checkpoint.side_files().values() if path.suffix == ".py"), None)

@@ -31,7 +31,6 @@ def sweep(
     work: WorkFolder | None = None,
     text: TextSettings | None = None,
     *,
-    trust_remote_code: bool = False,
     progress: ir.Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Sweep:
@@ -45,7 +44,6 @@ def sweep(
         jobs: they differ in target and allocation alone.
         work: keeps what is measured; a temporary folder, unless given.
         text: what to measure on; without it there are bits, bytes and predicted losses.
-        trust_remote_code: let transformers run the model's own code.
         progress: called with (what is being done, steps done, steps in all).
         note: told each note as soon as it is known.
 
@@ -78,10 +76,9 @@ def sweep(
         say("Losses are measured on the text of the calibration: on other texts they are larger.")
     meter, data = None, None
     if text:
-        windows, data = text_windows(checkpoint, text, say, trust_remote_code=trust_remote_code)
+        windows, data = text_windows(checkpoint, text, say)
         meter = Meter(
-            checkpoint, windows, seed=text.seed, resamples=text.resamples, trust_remote_code=trust_remote_code,
-            progress=progress, note=say,
+            checkpoint, windows, seed=text.seed, resamples=text.resamples, progress=progress, note=say
         )  # fmt: skip
     with nullcontext(work) if work else temporary_work_folder(jobs[0].identity(checkpoint)) as folder:
         planned = [_plan(checkpoint, job, folder, progress) for job in jobs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -173,3 +174,41 @@ def test_without_the_package(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MissingDependency, match=r"pip install 'anyquant\[datasets\]'") as caught:
         from_dataset(tokenizer, settings("owner/name"))
     assert caught.value.exit_code == 5
+
+
+CONFIGURATION = """from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+MODELING = """from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_a_model_ships_runs_if_it_is_trusted(
+    tiny_llama: Path, tmp_path: Path, invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "own"
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    kinds = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": kinds}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (model / "configuration_own.py").write_text(CONFIGURATION, encoding="utf-8")
+    (model / "modeling_own.py").write_text(MODELING, encoding="utf-8")
+    arguments = ["--method", "skim", "--bits", 3, "--calib-windows", 2, "--calib-window", 32]
+    refused = invoke("quantize", model, "-o", tmp_path / "no", *arguments)
+    assert refused.code == 3
+    assert "--trust-remote-code" in refused.err
+    made = invoke("quantize", model, "-o", tmp_path / "yes", *arguments, "--trust-remote-code", "--json")
+    assert made.code == 0, made.err
+    same = invoke("quantize", tiny_llama, "-o", tmp_path / "same", *arguments, "--json")
+    assert made.data["bits"] == same.data["bits"]
+    assert (tmp_path / "yes" / "modeling_own.py").is_file()

@@ -52,7 +52,7 @@ def test_w6a6_by_hand(tool: ModuleType, tiny_llama: Path, text: Path) -> None:
     row = next(row for row in tool.ROWS if row.name == "W6A6")
     *_, found = tool.run(tiny_llama, text, 1, 40, [row])
     checkpoint = open_checkpoint(str(tiny_llama))
-    cut, _ = cut_text(text, load_tokenizer(checkpoint, False), checkpoint.config, window=40, windows=1, seed=0)
+    cut, _ = cut_text(text, load_tokenizer(checkpoint), checkpoint.config, window=40, windows=1, seed=0)
     runner = open_checkpoint_runner(RunnerSpec("source", "checkpoint", str(tiny_llama), 40, 1))
     np.testing.assert_allclose(found[0].losses[0], token_losses(runner.logits(cut.ids[0]), cut.ids[0]), atol=1e-5)
     for name, layer in runner._model.named_modules():

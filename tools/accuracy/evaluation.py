@@ -86,7 +86,7 @@ class Reference:
         """
         from anyquant.calibration.tokens import load_tokenizer
 
-        tokenizer = load_tokenizer(checkpoint, False)
+        tokenizer = load_tokenizer(checkpoint)
         found, _ = texts.cut_text(text, tokenizer, checkpoint.config, window=window, windows=windows, seed=seed)
         if found.ids.shape != (windows, window):
             raise InputError(
