@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,8 @@ class Forms:
         levels = [by_shape[shape] for shape in shapes]
         return cls(method, settings, names, shapes, levels, [tuple(range(each.count)) for each in levels])
 
-    def uniform(self) -> list[Assignment]:
-        """The assignments that give every unit of every matrix the same level, fewest bytes first."""
+    def ladder(self) -> list[Assignment]:
+        """Assignments from all least to all greatest levels, so that every level of every matrix is in one of them."""
         return [
             [
                 np.full(levels.units, allowed[min(position, len(allowed) - 1)], np.uint8)
@@ -69,6 +69,26 @@ class Forms:
             ]
             for position in range(max(map(len, self.allowed)))
         ]
+
+    def alike(self) -> list[Assignment]:
+        """The assignments that give every unit of every matrix the same width, block or type, fewest bytes first.
+
+        None where the matrices have none in common: what there is to choose from depends on the length of their rows.
+        """
+        kinds = [{self._kind(number, level): level for level in levels} for number, levels in enumerate(self.allowed)]
+        common = [kind for kind in kinds[0] if all(kind in each for each in kinds)]
+        return [
+            [np.full(levels.units, each[kind], np.uint8) for levels, each in zip(self.levels, kinds, strict=True)]
+            for kind in common
+        ]
+
+    def _kind(self, number: int, level: int) -> Hashable:
+        """What a level of a matrix is called whatever the shape."""
+        chosen = np.full(self.levels[number].units, level, np.uint8)
+        spec = self.method.spec(self.shapes[number], chosen, self.settings)
+        if isinstance(spec, ir.CodebookSpec):
+            return level
+        return tuple((key, value) for key, value in asdict(spec).items() if key != "shape")
 
     def pick(self, chosen: Assignment) -> dict[str, ir.Spec]:
         """Name -> form of an assignment."""

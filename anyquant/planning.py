@@ -89,8 +89,8 @@ def feasible_bits(checkpoint: Checkpoint, job: Job) -> tuple[float, float]:
         InputError: nothing to quantize.
     """
     forms = forms_of(checkpoint, job)
-    uniform = forms.uniform()
-    return forms.bits(uniform[0], job.target.count), forms.bits(uniform[-1], job.target.count)
+    ladder = forms.ladder()
+    return forms.bits(ladder[0], job.target.count), forms.bits(ladder[-1], job.target.count)
 
 
 def plan(
@@ -120,7 +120,7 @@ def plan(
             f"--allocation matrix spreads bits over the rows of a matrix, but the method {job.method} gives a matrix "
             "one number of bits. Leave it out: bits are spread over the matrices then."
         )
-    if job.refine and not all(map(is_refinable, forms.pick(forms.uniform()[0]).values())):
+    if job.refine and not all(map(is_refinable, forms.pick(forms.ladder()[0]).values())):
         raise UsageError(
             f"--refine is for codebooks and affine blocks, which the method {job.method} does not make. Leave it out."
         )
@@ -129,12 +129,15 @@ def plan(
     if job.target.size_of != "ir":
         forms = _exportable(checkpoint, job, forms)
     limit, cost = _budget(checkpoint, job, forms)
-    uniform = forms.uniform()
-    costs = [cost(chosen) for chosen in uniform]
-    feasible = (costs[0], costs[-1])
+    ladder = forms.ladder()
+    feasible = (cost(ladder[0]), cost(ladder[-1]))
     _require_feasible(job, forms.settings, limit, feasible)
-    # A search has levels to try next to a uniform one.
-    chosen, loss = None if job.search == "tpe" else _uniform(job, forms, uniform, costs, limit), None
+    chosen: Assignment | None = None
+    if job.scope == "uniform":
+        chosen = _one_for_all(job, forms, cost, limit)
+    elif job.search != "tpe":  # which has levels to try next to one for all
+        chosen = ladder[-1] if limit >= feasible[1] else _exact_width(forms, cost, limit)
+    loss = None
     measured = chosen is None
     if chosen is None:
         tables = measure(checkpoint, job, forms, work, progress, note)
@@ -205,7 +208,7 @@ def _exportable(checkpoint: Checkpoint, job: Job, forms: Forms) -> Forms:
     """
     kept: list[dict[Any, int]] = [{} for _ in forms.names]
     reasons: dict[str, str] = {}
-    for chosen in forms.uniform():
+    for chosen in forms.ladder():
         picked = forms.pick(chosen)
         export = export_plan(describe(checkpoint, job, forms.settings, picked), job.target.size_of)
         refused = {refusal.tensor: refusal for refusal in export.refusals}
@@ -242,32 +245,47 @@ def _require_feasible(job: Job, settings: dict[str, Any], limit: float, feasible
         )
 
 
-def _uniform(job: Job, forms: Forms, uniform: list[Assignment], costs: list[float], limit: float) -> Assignment | None:
-    """The assignment of one level to all that the target asks for; None where levels are to be mixed.
+def _one_for_all(job: Job, forms: Forms, cost: Callable[[Assignment], float], limit: float) -> Assignment:
+    """The assignment of one width, block or type to all that the target asks for.
 
     Raises:
-        InfeasibleTarget: only one level is allowed, and none is near the target.
+        InfeasibleTarget: none is near the target, or the matrices have none in common.
     """
-    if limit >= costs[-1]:
-        return uniform[-1]
-    fitting = [i for i, cost in enumerate(costs) if cost <= limit + 1e-9]
-    if job.scope != "uniform":
-        # Of a method that takes no text, a width by its very number is that width. Others have pairs of width and block
-        # length, or types, of which one for all loses far more than a mix of the same size.
-        takes_text = forms.method.needs_statistics(forms.settings)
-        exact = [i for i in fitting if abs(costs[i] - limit) < 1e-6 and forms.whole and not takes_text]
-        return uniform[exact[-1]] if exact else None
-    near = sorted((abs(cost - limit), i) for i, cost in enumerate(costs) if abs(cost - limit) <= _TOLERANCE)
-    if job.target.bits is None:
-        return uniform[fitting[-1]]
-    if not near:
-        known = ", ".join(f"{cost:.3f}" for cost in costs)
+    alike = forms.alike()
+    if not alike:
         raise InfeasibleTarget(
-            f"--allocation uniform gives every row of this model one width: {known} bits per weight, not {limit:g}. "
-            "Choose one of them, or another --allocation.",
-            (costs[0], costs[-1]),
+            f"--allocation uniform: the matrices of this model have rows of different lengths, for which the method "
+            f"{job.method} has no form in common. Choose another --allocation.",
+            (0.0, 0.0),
         )
-    return uniform[near[0][1]]
+    costs = [cost(chosen) for chosen in alike]
+    if job.target.bits is None:
+        fitting = [chosen for chosen, each in zip(alike, costs, strict=True) if each <= limit]
+        if fitting:
+            return fitting[-1]
+        known, unit, asked = ", ".join(f"{int(each):,}" for each in costs), "bytes", f"{int(limit):,}"
+    else:
+        near = sorted((abs(each - limit), i) for i, each in enumerate(costs) if abs(each - limit) <= _TOLERANCE)
+        if near:
+            return alike[near[0][1]]
+        known, unit, asked = ", ".join(f"{each:.3f}" for each in costs), "bits per weight", f"{limit:g}"
+    raise InfeasibleTarget(
+        f"--allocation uniform gives every row of this model one width: {known} {unit}, not {asked}. "
+        "Choose one of them, or another --allocation.",
+        (costs[0], costs[-1]),
+    )
+
+
+def _exact_width(forms: Forms, cost: Callable[[Assignment], float], limit: float) -> Assignment | None:
+    """The assignment of the width that a target names by its very number, for a method that takes no text.
+
+    Others have pairs of width and block length, or types, of which one for all loses far more than a mix of the same
+    size.
+    """
+    if not forms.whole or forms.method.needs_statistics(forms.settings):
+        return None
+    exact = [chosen for chosen in forms.alike() if abs(cost(chosen) - limit) < 1e-6]
+    return exact[-1] if exact else None
 
 
 def predicted_loss(job: Job, forms: Forms, tables: list[np.ndarray], chosen: Assignment) -> float | None:

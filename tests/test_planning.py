@@ -108,7 +108,7 @@ def test_what_takes_a_text_is_mixed_at_the_bits_of_one_level_too(
             return plan(checkpoint, job, opened)
 
     forms = forms_of(checkpoint, Job("affine", Target(bits=4.0), calibration=little))
-    one = forms.bits(forms.uniform()[5], "all")
+    one = forms.bits(forms.alike()[2], "all")
     plans = [at(bits) for bits in (one - 0.1, one, one + 0.1)]
     for each in plans:
         chosen = {(e.spec.bits, e.spec.block) for e in each.model.entries.values() if isinstance(e.spec, ir.AffineSpec)}
@@ -116,6 +116,26 @@ def test_what_takes_a_text_is_mixed_at_the_bits_of_one_level_too(
         assert len(chosen) > 1
     losses = [each.loss for each in plans]
     assert all(a is not None and b is not None and b < a for a, b in pairwise(losses))
+
+
+def test_uniform_is_one_form_whatever_the_rows_length(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Rows of 32 have fewer block lengths to choose from than those of 192."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint("llama", hidden=32, intermediate_size=192)))
+
+    def job(**target: Any) -> Job:
+        return Job("affine", Target(**target), {"feedback": False, "clip": False}, allocation="uniform")
+
+    with pytest.raises(InfeasibleTarget, match="one width: ") as error:
+        plan(checkpoint, job(bits=3.33))
+    known = [float(value) for value in str(error.value).split("one width: ")[1].split(" bits")[0].split(", ")]
+    seen = set()
+    for bits in known:
+        entries = plan(checkpoint, job(bits=bits)).model.entries.values()
+        (form,) = {(e.spec.bits, e.spec.block) for e in entries if isinstance(e.spec, ir.AffineSpec)}
+        seen.add(form)
+    assert len(seen) == len(known) > 5
+    with pytest.raises(InfeasibleTarget, match="bytes, not"):
+        plan(checkpoint, job(size=sum(plan(checkpoint, job(bits=known[0])).files.values()) - 1))
 
 
 def test_uniform_is_one_width_and_says_which_there_are(planned: Planner) -> None:

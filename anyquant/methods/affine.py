@@ -154,15 +154,21 @@ def _shape(weight: Floats) -> tuple[int, int]:
 
 
 def _specs(shape: tuple[int, int], settings: Settings) -> list[AffineSpec]:
-    """What there is to choose from, fewest bytes first, each number of bytes once."""
+    """What there is to choose from, fewest bytes first, each number of bytes once.
+
+    Blocks that padding makes as dear as shorter ones of the same width are left out.
+    """
     if settings["blocks"] == "auto":
         blocks = [block for block in BLOCKS if block == BLOCKS[0] or block // 2 < shape[1]]  # none that is half padding
     else:
         blocks = [int(settings["blocks"])]
     widths = [int(width) for width in settings["widths"].split(",")]
     by_size: dict[int, AffineSpec] = {}
-    for block in blocks:
-        for width in reversed(widths):
+    for width in reversed(widths):
+        least: int | None = None
+        for block in blocks:
             spec = AffineSpec(shape, width, block)
-            by_size.setdefault(spec.nbytes, spec)
+            if least is None or spec.nbytes < least:
+                least = spec.nbytes
+                by_size.setdefault(spec.nbytes, spec)
     return [by_size[size] for size in sorted(by_size)]

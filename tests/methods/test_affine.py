@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from anyquant.checkpoint import open_checkpoint
 from anyquant.errors import InputError, UsageError
 from anyquant.feedback import activation_order, inverse_factor
 from anyquant.ir.packing import unpack
+from anyquant.job import Job, Target
 from anyquant.methods.affine import BLOCKS, AffineMethod
+from anyquant.planning import plan
 
 stats = MatrixStatistics.of
 
@@ -316,6 +319,11 @@ def test_searched_errors_are_lower() -> None:
     assert (searched[0, few] < 0.9 * whole[0, few]).all()
 
 
+def not_padded(specs: list[ir.AffineSpec]) -> list[ir.AffineSpec]:
+    """Those that take fewer bytes than shorter blocks of their width."""
+    return [a for a in specs if all(a.nbytes < b.nbytes for b in specs if a.bits == b.bits and a.block > b.block)]
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (576, 1536), (7, 4096)])
 @pytest.mark.parametrize("options", [{}, {"blocks": "64"}, {"widths": "4,8"}, {"blocks": "16", "widths": "2"}])
 def test_levels_cost_what_their_specs_do(shape: tuple[int, int], options: dict[str, object]) -> None:
@@ -332,7 +340,9 @@ def test_levels_cost_what_their_specs_do(shape: tuple[int, int], options: dict[s
     if settings["blocks"] == "auto":
         assert all(spec.block == 16 or spec.block // 2 < shape[1] for spec in specs)
         if shape[1] >= 256 and len(str(settings["widths"])) == 5:
-            assert {(s.bits, s.block) for s in specs} == set(PAIRS)
+            every = [ir.AffineSpec(shape, bits, block) for bits, block in PAIRS]
+            assert specs == sorted(not_padded(every), key=lambda spec: spec.nbytes)
+            assert len(specs) == len(every) or shape[1] % 256
     else:
         assert {str(spec.block) for spec in specs} == {settings["blocks"]}
 
@@ -344,8 +354,17 @@ def test_of_equal_bytes_the_shorter_block() -> None:
         METHOD.spec((1, 33), np.array([i], np.uint8), settings) for i in range(METHOD.levels((1, 33), settings).count)
     ]
     found = {spec.nbytes: spec.block for spec in specs}
-    every = [ir.AffineSpec((1, 33), bits, block) for bits, block in PAIRS if block <= 64]
+    # One of 2 blocks of 32 would take 22 bytes in 2 bits, for longer blocks than those of 16.
+    every = not_padded([ir.AffineSpec((1, 33), bits, block) for bits, block in PAIRS if block <= 64])
     assert found == {n: min(s.block for s in every if s.nbytes == n) for n in {s.nbytes for s in every}}
+
+
+def test_a_target_beyond_all_takes_the_best_there_is(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Rows of 144 in blocks of 256 would take more bytes than in blocks of 16, and lose more."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint("llama", hidden=144, num_attention_heads=4)))
+    job = Job("affine", Target(size=10**9), {"feedback": False, "clip": False})
+    found = {e.spec for e in plan(checkpoint, job).model.entries.values() if isinstance(e.spec, ir.AffineSpec)}
+    assert {(spec.bits, spec.block) for spec in found} == {(8, 16)}
 
 
 @pytest.mark.parametrize(
