@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from anyquant import ir
 from anyquant.calibration import MatrixStatistics, Statistics
-from anyquant.measuring import naming, statistics_of, with_calibration
-from anyquant.methods import get_method
+from anyquant.measuring import statistics_of, with_calibration
 from anyquant.planning import Plan
-from anyquant.refinement.calibrated import refine_for
+from anyquant.unit import quantize_matrix
 from anyquant.workers import in_order
 from anyquant.workfolder import WorkFolder, temporary_work_folder
 
@@ -141,14 +140,8 @@ def dequantized(planned: Plan, statistics: Statistics | None) -> Iterator[tuple[
 
 def _quantize(planned: Plan, name: str, known: MatrixStatistics | None) -> tuple[NDArray[np.float32], ir.Tensor]:
     """Weight and tensor of a matrix."""
-    job = planned.job
     weight = planned.checkpoint.read(name)
-    with naming(name):
-        method, settings = get_method(job.method), job.settings
-        tensor = method.quantize(weight, planned.levels[name], known, settings)
-        if job.refine and known is not None:
-            tensor = refine_for(weight, tensor, known, method.row_weights(weight, known, settings))
-    return weight, tensor
+    return weight, quantize_matrix(planned.job, name, weight, planned.levels[name], known)
 
 
 def remove_leftovers(output: Path) -> None:

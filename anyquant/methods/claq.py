@@ -131,8 +131,9 @@ class ClaqMethod(Method):
         With ``outlier_order`` a table that makes the columns with most outliers come first, level by level.
 
         Raises:
-            InputError: the second moment is not one of finite inputs.
+            InputError: a weight lies outside FP16, or the second moment is not one of finite inputs.
         """
+        require_fp16(weight)
         shape = (weight.shape[0], weight.shape[1])
         channels = _channels(weight, statistics, settings)
         moment = _moment(statistics, shape[1])

@@ -139,7 +139,11 @@ class CmpqMethod(Method):
 
         Without what ``outliers_error`` saves, which depends on all channels' levels. With ``norm`` a table that makes
         the channels with the greatest norm come first.
+
+        Raises:
+            InputError: a weight lies outside FP16, in which codebooks are stored.
         """
+        require_fp16(weight)
         shape = (weight.shape[0], weight.shape[1])
         channels = _channels(weight, statistics, settings)
         table = channels.errors(_widths(shape, settings), _by_activation(channels, shape, settings)) * channels.scale

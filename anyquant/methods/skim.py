@@ -63,7 +63,7 @@ class SkimMethod(Method):
         Option(
             "shared",
             SHARED,
-            "of the matrix' mean gradient, that every row's own is raised by",
+            "of the matrix' mean gradient, that every row's own is raised by, where gradients are recorded",
             low=0.0,
             high=100.0,
             paper=0.0,
@@ -118,7 +118,12 @@ class SkimMethod(Method):
         return CodebookSpec.from_bits(shape, 0, chosen, input_scale=scaled, outliers=share(settings, "outliers", shape))
 
     def errors(self, weight: Floats, statistics: MatrixStatistics | None, settings: Settings) -> NDArray[np.float64]:
-        """Errors of each row at each width, float64 [out, widths]: weighted squares, or of the outputs (L-full)."""
+        """Errors of each row at each width, float64 [out, widths]: weighted squares, or of the outputs (L-full).
+
+        Raises:
+            InputError: a weight lies outside FP16, in which codebooks are stored.
+        """
+        require_fp16(weight)
         importance = Importance(weight, statistics, settings["shared"])
         outliers = _outliers(weight, importance, settings)
         widths = offered_widths(weight.shape[1])

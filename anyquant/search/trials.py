@@ -20,8 +20,9 @@ from anyquant.checkpoint import Checkpoint
 from anyquant.errors import MissingDependency, UsageError
 from anyquant.forms import Forms
 from anyquant.job import Job
-from anyquant.measuring import naming, statistics_of
+from anyquant.measuring import statistics_of
 from anyquant.search.tpe import tpe_search
+from anyquant.unit import quantize_matrix
 from anyquant.workfolder import WorkFolder
 
 _TOKENS = 2048  # of the calibration, that every trial is run on
@@ -32,7 +33,8 @@ def require_searchable(job: Job, forms: Forms) -> None:
     """Refuse what cannot be searched, before anything is measured.
 
     Raises:
-        UsageError: rows or columns choose their bits, all have the same, or there is no text to try on.
+        UsageError: rows or columns choose their bits, all have the same, there is no text to try on, or the result is
+            not made of the matrices that are tried.
         MissingDependency: optuna is not installed.
     """
     if not forms.whole or job.scope == "uniform":
@@ -44,6 +46,11 @@ def require_searchable(job: Job, forms: Forms) -> None:
         raise UsageError(
             f"--search tpe tries models on the text of the calibration, and the method {job.method} needs none with "
             "these settings. For block add --set sensitivity=gradient."
+        )
+    if job.sequential:
+        raise UsageError(
+            "--search tpe tries matrices that were quantized for what the unquantized model feeds them, which is not "
+            "what --sequential makes. Leave one of them out."
         )
     if find_spec("optuna") is None:
         raise MissingDependency("optuna", "search", "--search tpe")
@@ -140,8 +147,5 @@ class _Trials:
     def _quantized(self, name: str, weight: NDArray[np.float32], level: NDArray[np.uint8]) -> NDArray[np.float32]:
         key = (name, int(level[0]))
         if key not in self._made:
-            with naming(name):
-                self._made[key] = self._forms.method.quantize(
-                    weight, level, self._statistics.matrix(name), self._forms.settings
-                )
+            self._made[key] = quantize_matrix(self._job, name, weight, level, self._statistics.matrix(name))
         return ir.dequantize(self._made[key])

@@ -264,6 +264,8 @@ def test_a_weight_outside_fp16_is_refused_by_name() -> None:
     weight[1, 4] = -7e4
     with pytest.raises(InputError, match=r"-70000\.0 at \[1, 4\] does not fit into FP16"):
         METHOD.quantize(weight, np.full(3, 2, np.uint8), None, PLAIN)
+    with pytest.raises(InputError, match=r"-70000\.0 at \[1, 4\] does not fit into FP16"):
+        METHOD.errors(weight, None, PLAIN)
 
 
 def test_outliers_as_in_squeezellm() -> None:

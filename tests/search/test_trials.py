@@ -56,6 +56,28 @@ def test_trials_are_within_the_target_and_kept(
     assert len(found) == 2
 
 
+def test_what_is_tried_is_what_is_made(
+    invoke: Invoke, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --refine, too: every matrix of the folder is one that the search has tried."""
+    tried: dict[tuple[str, int], ir.Tensor] = {}
+
+    class Watched(trials._Trials):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._made = tried
+
+    monkeypatch.setattr(trials, "_Trials", Watched)
+    little = ["--calib-windows", 4, "--calib-window", 32, "--trials", 2]
+    arguments = ["--method", "affine", "--refine", "--bits", 4.6, "--search", "tpe", *little]
+    assert invoke("quantize", tiny_llama, "-o", tmp_path / "out", *arguments).code == 0
+    model = ir.open_ir(tmp_path / "out")
+    digests = {name: {ir.tensor_digest(each) for (of, _), each in tried.items() if of == name} for name, _ in tried}
+    assert digests
+    for name, known in digests.items():
+        assert ir.tensor_digest(model.tensor(name)) in known
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -71,3 +93,9 @@ def test_what_cannot_be_searched_is_refused(
     result = invoke("plan", tiny_llama, *arguments)
     assert result.code == 2
     assert words in result.err
+
+
+def test_matrices_in_sequence_are_others_than_those_tried(invoke: Invoke, tiny_llama: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", tiny_llama, "-o", tmp_path / "out", *LITTLE, "--bits", 4.6, "--sequential", *TPE)
+    assert result.code == 2
+    assert "which is not what --sequential makes" in result.err
