@@ -19,7 +19,7 @@ from anyquant.errors import MachineError
 from anyquant.ir import packing
 
 LIBRARY = "libanyquant_core.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 """AQ_ABI_VERSION of the header that this module was written for."""
 
 _SIZE, _INT32, _BITS = ctypes.c_size_t, ctypes.c_int32, ctypes.c_int
@@ -32,13 +32,28 @@ _FUNCTIONS: dict[str, list[type]] = {
     "aq_kmeans": [*_BUFFER, *_BUFFER, _SIZE, _SIZE, _INT32, *_BUFFER, *_BUFFER],
     "aq_assign": [*_BUFFER, _SIZE, _SIZE, *_BUFFER, _INT32, *_BUFFER],
     "aq_refine_rows": [*_BUFFER * 4, _SIZE, _SIZE, _INT32, _INT32, _INT32, *_BUFFER * 4],
+    "aq_matmul_pack": [ctypes.c_void_p, *_BUFFER],
+    "aq_matmul_pack_blocks": [ctypes.c_void_p, *_BUFFER],
+    "aq_matmul_prepare": [ctypes.c_void_p, ctypes.c_void_p, _SIZE, *_BUFFER],
+    "aq_matmul_run": [*[ctypes.c_void_p] * 2, _SIZE, *[ctypes.c_void_p] * 2, _SIZE, _SIZE, _BITS],
+    "aq_matmul": [*[ctypes.c_void_p] * 2, _SIZE, *_BUFFER, ctypes.c_void_p, _SIZE],
+    "aq_matmul_level": [],
 }
-"""Functions that return a status, with what they take; the header says more."""
+"""Functions that return a status, with what they take; the headers say more."""
+_SIZES: dict[str, list[type]] = {
+    "aq_kmeans_workspace": [_SIZE],
+    "aq_refine_workspace": [_SIZE, _INT32],
+    "aq_matmul_bytes": [ctypes.c_void_p],
+    "aq_matmul_block_bytes": [ctypes.c_void_p],
+    "aq_matmul_workspace": [ctypes.c_void_p, _SIZE],
+}
+"""Functions that return a number of bytes."""
 
 _STATUS = {
     -1: "a bad argument",
     -2: "a buffer of the wrong length",
-    -3: "a code that does not fit into its bits or its codebook",
+    -3: "a code that does not fit into its bits or its codebook, or outliers out of order",
+    -4: "instructions that this processor does not have",
 }
 
 
@@ -67,10 +82,10 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:
         version = library.aq_abi_version()
         if version != ABI_VERSION:
             return None, f"{path} has interface version {version}, this anyquant needs {ABI_VERSION}: install it again"
-        library.aq_kmeans_workspace.restype = ctypes.c_size_t
-        library.aq_kmeans_workspace.argtypes = [ctypes.c_size_t]
-        library.aq_refine_workspace.restype = ctypes.c_size_t
-        library.aq_refine_workspace.argtypes = [ctypes.c_size_t, ctypes.c_int32]
+        for name, arguments in _SIZES.items():
+            function = getattr(library, name)
+            function.restype = ctypes.c_size_t
+            function.argtypes = arguments
         for name, arguments in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype = ctypes.c_int

@@ -1,0 +1,185 @@
+// Products with packed matrices: preparation, the work of one part, and which instructions do it; see
+// anyquant_matmul.h.
+
+#include <cstring>
+
+#include "anyquant_matmul.h"
+#include "half.h"
+#include "matmul_layout.h"
+#include "pool.h"
+
+using namespace matmul;
+
+namespace {
+
+const Packed* packed_at(const void* packed) {
+  const auto* p = static_cast<const Packed*>(packed);
+  return p && reinterpret_cast<uintptr_t>(p) % LINE == 0 && p->magic == MAGIC ? p : nullptr;
+}
+
+// Workspace: [batch, to whole BATCH_STEPs][padded] of activations, then for each of them what channels
+// without codes add to every row (columns), or the sum that they are multiplied with (rows).
+size_t prepared_rows(size_t batch) { return round_up(batch, BATCH_STEP); }
+
+const Kernels* kernels_of(int level) {
+  if (level == AQ_LEVEL_BEST) level = aq_matmul_level();
+#if VECTOR_UNITS
+  if (level == AQ_LEVEL_AVX512 && aq_matmul_level() >= AQ_LEVEL_AVX512) return &avx512_kernels;
+  if (level == AQ_LEVEL_AVX2 && aq_matmul_level() >= AQ_LEVEL_AVX2) return &avx2_kernels;
+#endif
+  return level == AQ_LEVEL_SCALAR ? &scalar_kernels : nullptr;
+}
+
+// The first row of a part's share: as many bytes of codes before it as parts are before it, at the border of a tile.
+struct Border {
+  int section;
+  uint32_t row;
+};
+
+Border border(const Packed& p, size_t part, size_t parts) {
+  const size_t overhead = LINE;  // of a row without any codes
+  size_t total = 0;
+  for (int i = 0; i < p.sections; ++i) total += p.section[i].count * (p.section[i].channel_bytes() + overhead);
+  size_t before = static_cast<size_t>(static_cast<unsigned __int128>(total) * part / parts);
+  for (int i = 0; i < p.sections; ++i) {
+    const Section& s = p.section[i];
+    const size_t row = before / (s.channel_bytes() + overhead);
+    if (row < s.count) return {i, static_cast<uint32_t>(row / TILE * TILE)};
+    before -= s.count * (s.channel_bytes() + overhead);
+  }
+  return {p.sections, 0};
+}
+
+void add_outliers(const Packed& p, uint32_t row, const float* x, size_t batch, float* y) {
+  const auto* indptr = p.at<uint32_t>(p.indptr);
+  const auto* index = p.at<uint32_t>(p.index);
+  const auto* delta = p.at<float>(p.delta);
+  for (size_t b = 0; b < batch; ++b, x += p.cols, y += p.rows) {
+    float sum = 0;
+    for (uint32_t i = indptr[row]; i < indptr[row + 1]; ++i) sum += delta[i] * x[index[i]];
+    y[row] += sum;
+  }
+}
+
+void run_rows(const Packed& p, const Kernels& kernels, const float* x, size_t batch, const float* prepared,
+              const float* constants, float* y, size_t part, size_t parts) {
+  const Border from = border(p, part, parts), to = border(p, part + 1, parts);
+  const auto* order = p.at<uint32_t>(p.order);
+  for (int i = from.section; i < p.sections && i <= to.section; ++i) {
+    const Section& s = p.section[i];
+    const uint32_t begin = i == from.section ? from.row : 0, end = i == to.section ? to.row : s.count;
+    for (size_t b = 0; b < batch; b += MOST_BATCH) {
+      const int some = static_cast<int>(batch - b < MOST_BATCH ? batch - b : MOST_BATCH);
+      float* out = y + b * p.rows;
+      if (s.bits) {
+        kernels.rows(p, s, begin, end, prepared + b * padded(p), some, out);
+        continue;
+      }
+      for (uint32_t row = begin; row < end; ++row) {
+        const float value = from_half(p.at<uint16_t>(s.tables)[row]);
+        for (int j = 0; j < some; ++j) out[static_cast<size_t>(j) * p.rows + order[s.first + row]] = value * constants[b + j];
+      }
+    }
+    if (!p.outliers) continue;
+    for (uint32_t row = begin; row < end; ++row) add_outliers(p, order[s.first + row], x, batch, y);
+  }
+}
+
+void run_columns(const Packed& p, const Kernels& kernels, const float* x, size_t batch, const float* prepared,
+                 const float* constants, float* y, size_t part, size_t parts) {
+  const size_t halves = (static_cast<size_t>(p.rows) + HALF_UNIT - 1) / HALF_UNIT;
+  for (size_t half = halves * part / parts; half < halves * (part + 1) / parts; ++half) {
+    const size_t first = half * HALF_UNIT, count = p.rows - first < HALF_UNIT ? p.rows - first : HALF_UNIT;
+    for (size_t b = 0; b < batch; b += MOST_BATCH) {
+      const int some = static_cast<int>(batch - b < MOST_BATCH ? batch - b : MOST_BATCH);
+      alignas(LINE) float sums[MOST_BATCH * HALF_UNIT];
+      for (int j = 0; j < some; ++j) {
+        for (int i = 0; i < HALF_UNIT; ++i) sums[j * HALF_UNIT + i] = constants[b + j];
+      }
+      for (int i = 0; i < p.sections; ++i) {
+        const Section& s = p.section[i];
+        if (s.bits) kernels.columns(p, s, static_cast<uint32_t>(half), prepared + b * padded(p) + s.first, some, sums);
+      }
+      for (int j = 0; j < some; ++j) std::memcpy(y + (b + j) * p.rows + first, sums + j * HALF_UNIT, count * sizeof(float));
+    }
+    if (!p.outliers) continue;
+    for (size_t row = first; row < first + count; ++row) add_outliers(p, static_cast<uint32_t>(row), x, batch, y);
+  }
+}
+
+}  // namespace
+
+extern "C" int aq_matmul_level(void) {
+#if VECTOR_UNITS
+  if (__builtin_cpu_supports("avx512f")) return AQ_LEVEL_AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return AQ_LEVEL_AVX2;
+  }
+#endif
+  return AQ_LEVEL_SCALAR;
+}
+
+extern "C" size_t aq_matmul_workspace(const void* packed, size_t batch) {
+  const Packed* p = packed_at(packed);
+  return p ? prepared_rows(batch) * (padded(*p) + 1) * sizeof(float) : 0;
+}
+
+extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace,
+                                 size_t workspace_len) {
+  const Packed* p = packed_at(packed);
+  if (!p || (batch && (!x || !workspace)) || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
+  if (workspace_len < aq_matmul_workspace(packed, batch)) return AQ_BAD_LENGTH;
+  auto* rows = static_cast<float*>(workspace);
+  float* constants = rows + prepared_rows(batch) * padded(*p);
+  const auto* order = p->at<uint32_t>(p->order);
+  const auto* scale = p->scale ? p->at<float>(p->scale) : nullptr;
+  const Section& least = p->section[0];
+  std::memset(workspace, 0, aq_matmul_workspace(packed, batch));
+  for (size_t b = 0; b < batch; ++b, rows += padded(*p), x += p->cols) {
+    for (uint32_t k = 0; k < p->cols; ++k) {
+      const uint32_t column = p->axis ? order[k] : k;
+      rows[k] = scale ? x[column] * scale[column] : x[column];
+    }
+    if (least.bits) continue;
+    double sum = 0;
+    for (uint32_t k = 0; k < (p->axis ? least.count : p->cols); ++k) {
+      sum += rows[k] * (p->axis ? from_half(p->at<uint16_t>(least.tables)[k]) : 1.0);
+    }
+    constants[b] = static_cast<float>(sum);
+  }
+  return AQ_OK;
+}
+
+extern "C" int aq_matmul_run(const void* packed, const float* x, size_t batch, const void* workspace, float* y,
+                             size_t part, size_t parts, int level) {
+  const Packed* p = packed_at(packed);
+  if (!p || !parts || part >= parts || (batch && (!x || !workspace || !y))) return AQ_BAD_ARGUMENT;
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return level < AQ_LEVEL_BEST || level > AQ_LEVEL_AVX512 ? AQ_BAD_ARGUMENT : AQ_UNSUPPORTED;
+  const auto* prepared = static_cast<const float*>(workspace);
+  const float* constants = prepared + prepared_rows(batch) * padded(*p);
+  const auto run = p->axis ? run_columns : run_rows;
+  run(*p, *kernels, x, batch, prepared, constants, y, part, parts);
+  return AQ_OK;
+}
+
+extern "C" int aq_matmul(const void* packed, const float* x, size_t batch, void* workspace, size_t workspace_len,
+                         float* y, size_t threads) {
+  if (!threads || (batch && !y)) return AQ_BAD_ARGUMENT;
+  const int status = aq_matmul_prepare(packed, x, batch, workspace, workspace_len);
+  if (status != AQ_OK) return status;
+  struct Product {
+    const void* packed;
+    const float* x;
+    size_t batch;
+    const void* workspace;
+    float* y;
+  } product = {packed, x, batch, workspace, y};
+  run_in_parts(
+      [](void* argument, size_t part, size_t parts) {
+        const auto* p = static_cast<const Product*>(argument);
+        aq_matmul_run(p->packed, p->x, p->batch, p->workspace, p->y, part, parts, AQ_LEVEL_BEST);
+      },
+      &product, threads);
+  return AQ_OK;
+}

@@ -1,0 +1,97 @@
+// How a matrix lies in memory while products are done with it; see anyquant_matmul.h.
+//
+// Channels are sorted by width; those of one width are a section. The codes of a channel lie in units of 512 and a
+// tail of chunks of 64. A unit has 32 groups of 16 codes, one for each lane of a vector of 32-bit words; with b bits
+// it takes b words for each lane, 64 * b bytes, and no bit is lost:
+//
+//     1, 2, 4, 8   word w holds groups w * 32 / b and on, one above the other
+//     3            words 0, 1 and 2 hold groups 0..7, 8..15 and 16..23 in nibbles; the bits above them are those of
+//                  groups 24..31, the lowest in word 0
+//     5, 6         four words of nibbles hold the low four bits; one or two words of 1 or 2 bits, the rest
+//     7            like 8
+//
+// A chunk has 4 groups; up to 4 bits they are nibbles of 16-bit words, else bytes of 32-bit words.
+//
+// In memory channels are interleaved in tiles, so that one thread reads one stream: [tile][unit][word][channel of the
+// tile], then [chunk][channel of the tile]. Rows with codebooks have tiles of 8, and of 1 where fewer than 8 are left.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "vector_units.h"
+
+namespace matmul {
+
+constexpr int LANES = 16, GROUPS = 32, UNIT = LANES * GROUPS, CHUNK_GROUPS = 4, CHUNK = LANES * CHUNK_GROUPS;
+constexpr int LINE = 64;  // bytes of a word of all lanes
+constexpr int TILE = 8;
+constexpr int MOST_BITS = 8;
+constexpr int MOST_BATCH = 66;  // rows of activations that one pass over the codes serves
+constexpr int BATCH_STEP = 4;   // that prepared ones are padded to
+constexpr int HALF_UNIT = UNIT / 2;  // rows that are done together where columns have codebooks
+
+constexpr int stored_bits(int bits) { return bits == 7 ? 8 : bits; }
+constexpr size_t unit_bytes(int bits) { return static_cast<size_t>(LINE) * stored_bits(bits); }
+constexpr size_t chunk_bytes(int bits) { return bits <= 4 ? LINE / 2 : LINE; }
+// Up to 4 bits a table fills a vector, by repetition, so that no index needs a mask.
+constexpr size_t table_entries(int bits) { return bits == 0 ? 1 : bits < 4 ? 16 : static_cast<size_t>(1) << bits; }
+
+// Codes of one width: channels first..first+count-1 of the sorted ones.
+struct Section {
+  int32_t bits;
+  uint32_t first, count;
+  uint32_t units, chunks;
+  uint64_t codes, tables;  // offsets
+
+  size_t channel_bytes() const { return units * unit_bytes(bits) + chunks * chunk_bytes(bits); }
+};
+
+// Scales of blocks: rows have no codebooks, but one table for all.
+struct Blocks {
+  uint32_t block;   // columns that share a scale, 0 where there are none
+  uint32_t blocks;  // of a row
+  int32_t bfloat;   // scales are the high halves of FP32 numbers, not FP16
+  uint32_t numbers;  // codes are numbers, as the table says too
+  uint64_t table, scales, zeros;  // offsets: FP32 [table_entries], 16 bits and 8 bits [rows][blocks]; zeros 0 for none
+};
+
+struct Packed {
+  uint64_t magic, bytes;
+  uint32_t rows, cols;
+  int32_t axis, sections;
+  Blocks blocks;
+  uint64_t outliers;
+  uint64_t order, scale, indptr, index, delta;  // offsets; 0 for none
+  Section section[MOST_BITS + 1];
+
+  template <class T>
+  const T* at(uint64_t offset) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
+  }
+  uint32_t channels() const { return axis ? cols : rows; }
+  uint32_t length() const { return axis ? rows : cols; }  // of a channel
+};
+
+constexpr uint64_t MAGIC = 0x31766d7174616d71;
+
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// Floats of a row of prepared activations, padded with zeros: codes of the padding count nothing.
+inline size_t padded(const Packed& p) { return round_up(p.cols, UNIT); }
+
+// The inner loops for one set of instructions. x: prepared activations [batch][padded], of columns in their sorted
+// order from the section's first on; batch 1..MOST_BATCH, and x is readable up to whole BATCH_STEPs.
+struct Kernels {
+  // The rows begin..end-1 of a section, begin the first of a tile, into y [batch][rows].
+  void (*rows)(const Packed&, const Section&, uint32_t begin, uint32_t end, const float* x, int batch, float* y);
+  // Adds what a section's columns add to one half of a unit of rows to sums [MOST_BATCH][HALF_UNIT].
+  void (*columns)(const Packed&, const Section&, uint32_t half, const float* x, int batch, float* sums);
+};
+
+extern const Kernels scalar_kernels;
+#if VECTOR_UNITS
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
+}  // namespace matmul

@@ -1,0 +1,171 @@
+// Repacking of a codebook matrix for products; see anyquant_matmul.h and matmul_layout.h.
+
+#include <cstring>
+
+#include "anyquant_matmul.h"
+#include "half.h"
+#include "matmul_layout.h"
+#include "matmul_place.h"
+
+using namespace matmul;
+
+namespace {
+
+struct Census {
+  uint64_t channels, length, codes = 0, entries = 0;
+  uint32_t count[MOST_BITS + 1] = {};
+};
+
+// Whether all fields and lengths fit together, values of outliers aside.
+bool take(const aq_codebook_matrix& m, Census* census) {
+  if (m.rows < 1 || m.rows > MOST_SIDE || m.cols < 1 || m.cols > MOST_SIDE || m.axis < 0 || m.axis > 1) return false;
+  const uint64_t channels = m.axis ? m.cols : m.rows, length = m.axis ? m.rows : m.cols;
+  if (m.bits_len != channels || !m.bits) return false;
+  census->channels = channels;
+  census->length = length;
+  for (uint64_t c = 0; c < channels; ++c) {
+    if (m.bits[c] > MOST_BITS) return false;
+    ++census->count[m.bits[c]];
+    census->codes += stream_bytes(length, m.bits[c]);
+    census->entries += static_cast<uint64_t>(1) << m.bits[c];
+  }
+  if (m.codes_len != census->codes || (!m.codes && m.codes_len)) return false;
+  if (m.codebook_len != census->entries || !m.codebook) return false;
+  if (m.input_scale_len != (m.input_scale ? m.cols : 0)) return false;
+  if (!m.outlier_indptr) return m.outlier_indptr_len == 0 && m.outlier_index_len == 0 && m.outlier_value_len == 0;
+  if (m.outlier_indptr_len != m.rows + 1 || m.outlier_index_len != m.outlier_value_len) return false;
+  if (m.outlier_index_len && (!m.outlier_index || !m.outlier_value)) return false;
+  return m.index_bytes == 2 || m.index_bytes == 4;
+}
+
+uint32_t outlier_column(const aq_codebook_matrix& m, size_t i) {
+  if (m.index_bytes == 2) return static_cast<const uint16_t*>(m.outlier_index)[i];
+  return static_cast<const uint32_t*>(m.outlier_index)[i];
+}
+
+bool outliers_ascend(const aq_codebook_matrix& m) {
+  if (!m.outlier_indptr) return true;
+  if (m.outlier_indptr[0] != 0 || m.outlier_indptr[m.rows] != m.outlier_index_len) return false;
+  for (uint64_t row = 0; row < m.rows; ++row) {
+    const uint32_t begin = m.outlier_indptr[row], end = m.outlier_indptr[row + 1];
+    if (begin > end || end > m.outlier_index_len) return false;
+    for (uint32_t i = begin; i < end; ++i) {
+      if (outlier_column(m, i) >= m.cols) return false;
+      if (i > begin && outlier_column(m, i) <= outlier_column(m, i - 1)) return false;
+    }
+  }
+  return true;
+}
+
+// Where everything lies.
+Packed plan(const aq_codebook_matrix& m, const Census& census) {
+  Packed p = {};
+  p.magic = MAGIC;
+  p.rows = static_cast<uint32_t>(m.rows);
+  p.cols = static_cast<uint32_t>(m.cols);
+  p.axis = m.axis;
+  p.outliers = m.outlier_index_len;
+  Room room;
+  p.order = room(census.channels * sizeof(uint32_t));
+  if (m.input_scale) p.scale = room(m.cols * sizeof(float));
+  if (p.outliers) {
+    p.indptr = room((m.rows + 1) * sizeof(uint32_t));
+    p.index = room(p.outliers * sizeof(uint32_t));
+    p.delta = room(p.outliers * sizeof(float));
+  }
+  uint32_t first = 0;
+  for (int bits = 0; bits <= MOST_BITS; ++bits) {
+    if (!census.count[bits]) continue;
+    Section& s = p.section[p.sections++];
+    s.bits = bits;
+    s.first = first;
+    s.count = census.count[bits];
+    divide(census.length, &s);
+    s.tables = room(s.count * table_entries(bits) * sizeof(uint16_t));
+    s.codes = room(s.count * s.channel_bytes());
+    first += s.count;
+  }
+  p.bytes = room.end;
+  return p;
+}
+
+// The place of a channel among the sorted ones of its section, which ascend.
+uint32_t number_of(const Packed& p, const Section& s, uint32_t channel) {
+  const auto* order = p.at<uint32_t>(p.order) + s.first;
+  uint32_t low = 0, high = s.count;
+  while (low + 1 < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    (order[middle] <= channel ? low : high) = middle;
+  }
+  return low;
+}
+
+// An outlier is kept as what it differs from the value beneath it, which the product counts as well.
+void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section* const* section_of, char* base) {
+  auto* indptr = reinterpret_cast<uint32_t*>(base + p.indptr);
+  auto* index = reinterpret_cast<uint32_t*>(base + p.index);
+  auto* delta = reinterpret_cast<float*>(base + p.delta);
+  std::memcpy(indptr, m.outlier_indptr, (m.rows + 1) * sizeof(uint32_t));
+  for (uint32_t row = 0; row < m.rows; ++row) {
+    for (uint32_t i = indptr[row]; i < indptr[row + 1]; ++i) {
+      const uint32_t column = outlier_column(m, i), channel = m.axis ? column : row;
+      const Section& s = *section_of[m.bits[channel]];
+      const uint32_t number = number_of(p, s, channel);
+      const uint32_t code = s.bits ? read_code(s, place_of(s, number, base + s.codes, m.axis), m.axis ? row : column) : 0;
+      const float entry = from_half(p.at<uint16_t>(s.tables)[number * table_entries(s.bits) + code]);
+      const float scale = m.input_scale ? from_half(m.input_scale[column]) : 1.0f;
+      index[i] = column;
+      delta[i] = from_half(m.outlier_value[i]) - entry * scale;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" size_t aq_matmul_bytes(const aq_codebook_matrix* matrix) {
+  Census census = {};
+  if (!matrix || !take(*matrix, &census)) return 0;
+  return plan(*matrix, census).bytes;
+}
+
+extern "C" int aq_matmul_pack(const aq_codebook_matrix* matrix, void* packed, size_t packed_len) {
+  Census census = {};
+  if (!matrix || !packed || reinterpret_cast<uintptr_t>(packed) % LINE || !take(*matrix, &census)) {
+    return AQ_BAD_ARGUMENT;
+  }
+  const aq_codebook_matrix& m = *matrix;
+  const Packed header = plan(m, census);
+  if (packed_len != header.bytes) return AQ_BAD_LENGTH;
+  if (!outliers_ascend(m)) return AQ_BAD_VALUE;
+  std::memset(packed, 0, packed_len);
+  std::memcpy(packed, &header, sizeof(header));
+  char* base = static_cast<char*>(packed);
+  const Packed& p = *static_cast<const Packed*>(packed);
+  auto* order = reinterpret_cast<uint32_t*>(base + p.order);
+
+  const Section* section_of[MOST_BITS + 1] = {};
+  uint32_t next[MOST_BITS + 1] = {};
+  for (int i = 0; i < p.sections; ++i) section_of[p.section[i].bits] = &p.section[i];
+
+  if (m.input_scale) {
+    auto* scale = reinterpret_cast<float*>(base + p.scale);
+    for (uint64_t c = 0; c < m.cols; ++c) scale[c] = from_half(m.input_scale[c]);
+  }
+  const uint8_t* codes = m.codes;
+  const uint16_t* entries = m.codebook;
+  for (uint64_t c = 0; c < census.channels; ++c) {
+    const int bits = m.bits[c];
+    const Section& s = *section_of[bits];
+    const uint32_t number = next[bits]++;
+    order[s.first + number] = static_cast<uint32_t>(c);
+    auto* table = reinterpret_cast<uint16_t*>(base + s.tables) + number * table_entries(bits);
+    const size_t size = static_cast<size_t>(1) << bits;
+    for (size_t i = 0; i < table_entries(bits); ++i) table[i] = entries[i % size];
+    const Stream stream = {codes, bits};
+    if (bits) write_channel(s, stream, census.length, place_of(s, number, base + s.codes, m.axis));
+    codes += stream_bytes(census.length, bits);
+    entries += size;
+  }
+  if (p.outliers) write_outliers(m, p, section_of, base);
+  return AQ_OK;
+}

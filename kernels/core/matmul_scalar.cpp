@@ -1,0 +1,27 @@
+// Products for any processor; see matmul_kernels.h.
+
+#include <string.h>
+
+#include "half.h"
+#include "matmul_layout.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL  // lanes are loops already
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace matmul {
+namespace {
+
+constexpr int rows_together(int, int) { return 1; }
+constexpr int MANY_ROWS = 1, MANY_BATCH = 1;  // of the tiles of sums for many rows of activations
+
+#include "matmul_scalar.h"
+#include "matmul_kernels.h"
+#include "matmul_gemm.h"
+#include "matmul_dispatch.h"
+
+}  // namespace
+
+const Kernels scalar_kernels = {rows, columns};
+
+}  // namespace matmul
