@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from anyquant.checkpoint import Checkpoint
 
 
-def checkpoint_tensors(model: ir.Model) -> Iterator[tuple[str, np.ndarray]]:
+def checkpoint_tensors(model: ir.Model, left_out: Container[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (checkpoint name, FP32 values) as the source checkpoint stores them; see :func:`as_stored`."""
     turned = {name for name, entry in model.entries.items() if entry.source_transposed}
-    return as_stored(model.entries, model.dequantize, turned)
+    return as_stored([name for name in model.entries if name not in left_out], model.dequantize, turned)
 
 
 def as_stored(
@@ -62,12 +62,18 @@ def as_stored(
         yield stored, np.stack([values(expert) for expert in experts])
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, dequantize: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load an IR folder as a transformers model that generates.
+
+    Linear layers multiply with their packed matrices, in about the memory that the folder takes on disk, on the CPU.
+    Other layers, those of the kind ggml, and all where the compiled library is missing, hold dequantized weights.
 
     Args:
         path: the folder that ``anyquant quantize`` wrote.
         dtype: of the parameters; FP32, which holds every dequantized value exactly, unless given.
+        dequantize: dequantize all weights: four bytes for each, and linear layers that run on any device.
         trust_remote_code: passed on to transformers for architectures with code of their own.
 
     Raises:
@@ -81,12 +87,34 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_cod
     folder = Path(path)
     model = ir.open_ir(folder)
     code = folder if trust_remote_code else None
+    packed = {} if dequantize or not native.available() else _packable(model, str(path), code)
     loaded = model_from_state(
-        model.config, checkpoint_tensors(model), model.aliases, str(path), dtype=dtype, code_folder=code
-    )
+        model.config, checkpoint_tensors(model, packed), model.aliases, str(path),
+        dtype=dtype, code_folder=code, replaced=packed,
+    )  # fmt: skip
+    if packed:
+        from anyquant.runtime.linear import replace_linears
+
+        replace_linears(loaded, packed, model.tensor)
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
+
+
+def _packable(model: ir.Model, where: str, code_folder: Path | None) -> dict[str, tuple[int, int]]:
+    """Name -> [out, in] of the matrices that linear layers can multiply with as they are."""
+    import torch
+
+    from anyquant.runtime.linear import KINDS, replaceable
+
+    settings, architecture = causal_lm_class(model.config, where, code_folder)
+    with torch.device("meta"):
+        skeleton = architecture(settings)
+    found = {name: entry for name, entry in model.entries.items() if isinstance(entry.spec, KINDS)}
+    tied = set(model.aliases.values())
+    names = [name for name, entry in found.items() if not entry.source_transposed and name not in tied]
+    shapes = {name: (found[name].spec.shape[0], found[name].spec.shape[1]) for name in names}
+    return {name: shapes[name] for name in replaceable(skeleton, shapes)}
 
 
 def model_of(
@@ -119,6 +147,7 @@ def model_from_state(
     *,
     dtype: torch.dtype | None = None,
     code_folder: Path | None = None,
+    replaced: Mapping[str, tuple[int, ...]] | None = None,
 ) -> PreTrainedModel:
     """A causal language model of transformers with these weights and no others, in evaluation mode.
 
@@ -129,6 +158,8 @@ def model_from_state(
         where: the weights come from, for messages.
         dtype: of the parameters; FP32 unless given.
         code_folder: holds what code the model ships, to be trusted; None takes transformers' classes.
+        replaced: name -> shape of weights that are not among the tensors, since the caller will put something else in
+            their place; until then they are zeros that take no memory.
 
     Raises:
         UnknownArchitecture: transformers has no such causal language model.
@@ -139,6 +170,8 @@ def model_from_state(
     settings, architecture = causal_lm_class(config, where, code_folder)
     dtype = dtype or torch.float32
     state = {name: torch.from_numpy(values).to(dtype) for name, values in tensors}
+    for name, shape in (replaced or {}).items():
+        state[name] = torch.zeros((), dtype=dtype).expand(shape)
     for alias, name in aliases.items():
         state.setdefault(alias, state[name])
     loaded, report = architecture.from_pretrained(

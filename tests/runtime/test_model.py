@@ -35,7 +35,7 @@ def test_weights_are_the_dequantized_ones(
 
     source = tiny_checkpoint(family, tied=tied)
     quantize(source, tmp_path / "out")
-    model = anyquant.load(tmp_path / "out")
+    model = anyquant.load(tmp_path / "out", dequantize=True)
     quantized = dict(checkpoint_tensors(ir.open_ir(tmp_path / "out")))
     # An oracle: the source's own model with each parameter overwritten.
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

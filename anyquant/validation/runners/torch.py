@@ -78,7 +78,7 @@ def open_ir_runner(spec: RunnerSpec) -> TorchRunner:
     from anyquant.runtime import load
 
     quiet()
-    model = load(Path(spec.path), trust_remote_code=spec.trust_remote_code)
+    model = load(Path(spec.path), dequantize=True, trust_remote_code=spec.trust_remote_code)
     return TorchRunner(spec.name, model, threads=spec.thread_count, activations=spec.activations)
 
 

@@ -45,7 +45,7 @@ def expected(real_skim: RealSkim, tokens: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        logits: np.ndarray = anyquant.load(real_skim.folder)(torch.from_numpy(tokens)).logits.numpy()
+        logits: np.ndarray = anyquant.load(real_skim.folder, dequantize=True)(torch.from_numpy(tokens)).logits.numpy()
     return logits
 
 
