@@ -72,7 +72,8 @@ def test_claims_of_the_papers(verdicts: Any, systems: Any) -> None:
         made = [
             (f"{systems.KMEANS} @ 3 of codes", 1.0), (f"{systems.SKIM_PAPER} @ 3 of codes", skim),
             (f"{systems.CMPQ_PAPER} @ 2 of codes", 2.0), (f"{systems.CMPQ_PAPER} @ 2.2 of codes", cmpq),
-            (f"{systems.CLAQ_PAPER} @ 2.05 of codes", claq), ("GPTQ 3 bits, per row", 1.5),
+            (f"{systems.CLAQ_PAPER} @ 2.05 of codes", 2.0), (f"{systems.CLAQ_IN_SEQUENCE} @ 2.05 of codes", claq),
+            ("GPTQ 3 bits, per row", 1.5),
             ("GPTQ 3 bits, per row, clipped", 1.9),
             (f"{systems.W6A6} @ 6 of codes", w6a6),
         ]  # fmt: skip

@@ -58,6 +58,7 @@ SKIM_ABLATIONS = {
 SKIM_INDEX = "skim --count index"
 CMPQ_PAPER = "CMPQ as published"
 CLAQ_PAPER = "CLAQ as published"
+CLAQ_IN_SEQUENCE = f"{CLAQ_PAPER}, sequential"
 W6A6 = "BFP W6A6"
 KMEANS = "weighted k-means (SqueezeLLM dense)"
 
@@ -122,6 +123,7 @@ def claims() -> list[System]:
         by_codes(CMPQ_PAPER, 2, paper.format("cmpq"), "claim"),
         by_codes(CMPQ_PAPER, 2.2, paper.format("cmpq"), "claim"),
         by_codes(CLAQ_PAPER, 2.05, paper.format("claq"), "claim"),
+        by_codes(CLAQ_IN_SEQUENCE, 2.05, f"{paper.format('claq')} --sequential", "claim"),
         by_codes(W6A6, 6, "block --block 16 --allocation uniform", "claim", activations="bfp6"),
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accuracy.evaluation import Lost
-from accuracy.systems import CHAMPION, CLAQ_PAPER, CMPQ_PAPER, KMEANS, SKIM_INDEX, SKIM_PAPER, W6A6
+from accuracy.systems import CHAMPION, CLAQ_IN_SEQUENCE, CLAQ_PAPER, CMPQ_PAPER, KMEANS, SKIM_INDEX, SKIM_PAPER, W6A6
 from anyquant.reporting.estimate import Estimate
 from anyquant.reporting.words import number
 from anyquant.validation.bootstrap import Bootstrap
@@ -238,11 +238,12 @@ class Judge:
 
     def _cmpq_claim(self) -> Verdict:
         target = "CMPQ at 2.2 bits of codes is at least 30 % below its 2.0 in perplexity"
-        return self._ratio(target, f"{CMPQ_PAPER} @ 2.2 of codes", (f"{CMPQ_PAPER} @ 2 of codes",), 0.7)
+        return self._ratio(target, (f"{CMPQ_PAPER} @ 2.2 of codes",), (f"{CMPQ_PAPER} @ 2 of codes",), 0.7)
 
     def _claq_claim(self) -> Verdict:
         target = "CLAQ with 2.05 bits of codes and its outliers has a lower perplexity than ungrouped GPTQ at 3"
-        return self._ratio(target, f"{CLAQ_PAPER} @ 2.05 of codes", self._ways(UNGROUPED_AT_3), 1.0)
+        own = [f"{label} @ 2.05 of codes" for label in (CLAQ_PAPER, CLAQ_IN_SEQUENCE)]
+        return self._ratio(target, own, self._ways(UNGROUPED_AT_3), 1.0)
 
     def _w6a6_claim(self) -> Verdict:
         target = "BFP W6A6 within 2 % of the source's perplexity"
@@ -252,12 +253,13 @@ class Judge:
         ratio = self.perplexity_ratio(row)
         return _judged(target, f"{row.bits:.2f} counted: {interval(ratio)} times", ratio.value <= 1.02)
 
-    def _ratio(self, target: str, name: str, others: Sequence[str], most: float) -> Verdict:
-        """The perplexity of one by that of the best of others; where that is to be below 1, all of its interval."""
-        row, rivals = self._row(name), self._all_of(others)
-        if row is None or not rivals:
+    def _ratio(self, target: str, names: Sequence[str], others: Sequence[str], most: float) -> Verdict:
+        """The perplexity of the best of some by that of the best of others; where that is to be below 1, all of its
+        interval."""
+        rows, rivals = self._all_of(names), self._all_of(others)
+        if not rows or not rivals:
             return Verdict(target, "", UNKNOWN, False)
-        rival = min(rivals, key=lambda each: each.lost.losses.mean())
+        row, rival = (min(each, key=lambda one: one.lost.losses.mean()) for each in (rows, rivals))
         ratio = self.perplexity_ratio(row, rival)
         decides = ratio.value if most < 1 else ratio.high
         text = f"{row.name} ({row.bits:.2f} counted) / {rival.name} ({rival.bits:.2f}): {interval(ratio)}"
