@@ -127,7 +127,9 @@ extern "C" size_t aq_matmul_workspace(const void* packed, size_t batch) {
 extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace,
                                  size_t workspace_len) {
   const Packed* p = packed_at(packed);
-  if (!p || (batch && (!x || !workspace)) || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
+  if (!p) return AQ_BAD_ARGUMENT;
+  if (!batch) return AQ_OK;  // memory for nothing may lie anywhere
+  if (!x || !workspace || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
   if (workspace_len < aq_matmul_workspace(packed, batch)) return AQ_BAD_LENGTH;
   auto* rows = static_cast<float*>(workspace);
   float* constants = rows + prepared_rows(batch) * padded(*p);

@@ -182,6 +182,10 @@ def test_zero_and_constant_rows() -> None:
 def test_no_activations() -> None:
     packed = PackedMatrix(matrix((10, 20), 0, np.full(10, 2)))
     assert packed.multiply(np.empty((0, 20), np.float32)).shape == (0, 10)
+    about = packed.packed.ctypes.data
+    for workspace in (None, 1):  # of no bytes, and so wherever it likes
+        assert native.library().aq_matmul_prepare(about, None, 0, workspace, 0) == 0
+        assert native.library().aq_matmul_run(about, None, 0, workspace, None, 0, 1, 0) == 0
 
 
 @pytest.mark.parametrize(
