@@ -80,6 +80,32 @@ def real_wiki() -> Path:
     return _real("wiki")
 
 
+RunDriver = Callable[[Path, list[Path], list[str]], "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_driver(tmp_path: Path) -> RunDriver:
+    """run_driver(driver.cpp, [source.cpp, ...], [flag, ...]): what a program does that is compiled of these.
+
+    Skipped where there is no C++ compiler, or where it has no runtime for the sanitizers that the flags ask for.
+    """
+
+    def run(driver: Path, sources: list[Path], flags: list[str]) -> subprocess.CompletedProcess[str]:
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            pytest.skip("no C++ compiler")
+        command = [compiler, "-std=c++17", "-g", "-O1", "-pthread", *flags]
+        probe = tmp_path / "probe.cpp"
+        probe.write_text("int main() { return 0; }")
+        if subprocess.run([*command, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+            pytest.skip("the compiler has no sanitizer runtime")
+        program, core = tmp_path / "compiled", Path(__file__).parents[1] / "kernels" / "core"
+        subprocess.run([*command, "-Wall", "-Wextra", "-I", core, driver, *sources, "-o", program], check=True)
+        return subprocess.run([program], capture_output=True, text=True)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def run_in_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """run_in_node(model.onnx, {input: array}, [outputs]) -> {output: array}: once, in onnxruntime-node on the CPU.

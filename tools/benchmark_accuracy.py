@@ -70,6 +70,11 @@ def windows_of(arguments: argparse.Namespace, source: str) -> int:
     return embeddings.EVALUATION_SENTENCES if source == ENCODER else WINDOWS
 
 
+def ours_on(targets: Sequence[float], *, encoder: bool) -> list[System]:
+    """Everything of anyquant that a source can be quantized by."""
+    return [system for system in ours(targets) if not encoder or embeddings.takes(list(system.arguments))]
+
+
 def systems_of(
     arguments: argparse.Namespace, peers: Iterable[str], optional: Iterable[str], *, encoder: bool
 ) -> list[System]:
@@ -78,9 +83,7 @@ def systems_of(
     Raises:
         UsageError: a pattern matches nothing.
     """
-    own = ours(arguments.targets)
-    if encoder:
-        own = [system for system in own if embeddings.takes(list(system.arguments))]
+    own = ours_on(arguments.targets, encoder=encoder)
     asked = [peer(name) for name in optional if matches(peer(name), arguments.systems)]
     return chosen([*own, *map(peer, peers), *asked], arguments.systems)
 
@@ -111,11 +114,9 @@ def judge_of(store: Store) -> Judge:
 def wanted_of(store: Store) -> dict[str, float | None]:
     """All rivals that there have to be, with their bits where they are known before they run."""
     about = store.about(store.calibrated)
-    encoder = store.source.name == ENCODER
     infeasible = {record["name"] for record in store.all_made() if "infeasible" in record}
-    baselines = [system for system in ours() if system.role == "baseline" and system.name not in infeasible]
-    if encoder:
-        baselines = [system for system in baselines if embeddings.takes(list(system.arguments))]
+    own = ours_on(TARGETS, encoder=store.source.name == ENCODER)
+    baselines = [system for system in own if system.role == "baseline" and system.name not in infeasible]
     missing = [note for note in about.get("notes", []) if note.startswith((HQQ, GGML))]
     return {**about.get("peers", {}), **dict.fromkeys([*(system.name for system in baselines), *missing])}
 

@@ -9,11 +9,12 @@ import torch
 
 TOKENS = 1024
 """That go through a block at once: enough for fast products, few enough to hold all they leave behind."""
+FEW_TOKENS = 256
+"""The same where memory counts for more."""
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Arguments = tuple[Args, Kwargs]
-FEW_TOKENS = 256
-"""The same where memory counts for more."""
 
 
 class BatchedCall:
@@ -33,11 +34,11 @@ class BatchedCall:
             few: whether memory counts for more than speed.
         """
         self._forward, self._positional = forward, bool(args)
-        self._windows = len(self.hidden(args, kwargs))
+        hidden = self.hidden(args, kwargs)
+        self._windows = len(hidden)
         self._rest, self._single = _but_hidden(args, kwargs), _but_hidden(*single)
         # Arguments laid out in another way than [windows, ...], or the same for all windows, cannot be divided.
         self._divisible = _divisible(self._rest, self._single, self._windows)
-        hidden = self.hidden(args, kwargs)
         tokens = FEW_TOKENS if few else TOKENS
         self._step = max(1, tokens // hidden.shape[1]) if self._divisible else self._windows
 

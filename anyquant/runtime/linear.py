@@ -16,9 +16,6 @@ from anyquant.errors import UsageError
 from anyquant.runtime import native
 from anyquant.runtime.native_matmul import PackedMatrix
 
-KINDS = (ir.CodebookSpec, ir.BlockSpec, ir.AffineSpec)
-"""Kinds of tensors that can be packed."""
-
 
 @torch.library.custom_op("anyquant::matmul", mutates_args=(), device_types="cpu")
 def matmul(x: torch.Tensor, packed: torch.Tensor, rows: int) -> torch.Tensor:
@@ -109,7 +106,7 @@ def replace_linears(model: nn.Module, names: Iterable[str], read: Callable[[str]
     Args:
         model: whose modules are replaced.
         names: of the layers' weights.
-        read: gives the tensor of a name, of one of :data:`KINDS`; each is packed before the next one is read.
+        read: gives the tensor of a name, of a kind that can be packed; each is packed before the next one is read.
     """
     for name in names:
         path = name.removesuffix(".weight")

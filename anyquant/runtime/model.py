@@ -105,7 +105,8 @@ def _packable(model: ir.Model, where: str, code_folder: Path | None) -> dict[str
     """Name -> [out, in] of the matrices that linear layers can multiply with as they are."""
     import torch
 
-    from anyquant.runtime.linear import KINDS, replaceable
+    from anyquant.runtime.linear import replaceable
+    from anyquant.runtime.native_matmul import KINDS
 
     settings, architecture = causal_lm_class(model.config, where, code_folder)
     with torch.device("meta"):

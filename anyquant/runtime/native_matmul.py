@@ -21,6 +21,9 @@ _SIDES = [("rows", ctypes.c_uint64), ("cols", ctypes.c_uint64)]
 _ARRAY = (("", ctypes.c_void_p), ("_len", ctypes.c_size_t))
 Arrays = dict[str, NDArray[Any]]
 
+KINDS = (CodebookSpec, BlockSpec, AffineSpec)
+"""Kinds of tensors that can be packed."""
+
 
 class Level(IntEnum):
     """Instructions that products are done with."""

@@ -17,9 +17,9 @@ const Packed* packed_at(const void* packed) {
   return p && reinterpret_cast<uintptr_t>(p) % LINE == 0 && p->magic == MAGIC ? p : nullptr;
 }
 
-// Workspace: [batch, to whole BATCH_STEPs][padded] of activations, then for each of them what channels
+// Workspace: [batch][padded] of activations, and one more where the last pass has 3; then for each of them what channels
 // without codes add to every row (columns), or the sum that they are multiplied with (rows).
-size_t prepared_rows(size_t batch) { return round_up(batch, BATCH_STEP); }
+size_t prepared_rows(size_t batch) { return batch + (batch % MOST_BATCH == 3); }
 
 const Kernels* kernels_of(int level) {
   if (level == AQ_LEVEL_BEST) level = aq_matmul_level();

@@ -8,9 +8,7 @@ constexpr int STEP_COLUMNS = 32;  // that are decoded at once where columns have
 template <int ROWS, int BATCH>
 void dots(const float* w, int columns, const float* x, size_t x_row, float* sums, size_t r_sum) {
   Floats sum[ROWS][BATCH];
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    UNROLL for (int b = 0; b < BATCH; ++b) sum[r][b] = load(sums + r * r_sum + b * LANES);
-  }
+  load_sums(sums, r_sum, LANES, sum);
   for (int k = 0; k < columns; k += LANES) {
     Floats value[ROWS];
     UNROLL for (int r = 0; r < ROWS; ++r) value[r] = load(w + r * UNIT + k);
@@ -19,18 +17,14 @@ void dots(const float* w, int columns, const float* x, size_t x_row, float* sums
       UNROLL for (int r = 0; r < ROWS; ++r) sum[r][b] = fma(value[r], factor, sum[r][b]);
     }
   }
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    UNROLL for (int b = 0; b < BATCH; ++b) store(sums + r * r_sum + b * LANES, sum[r][b]);
-  }
+  store_sums(sum, sums, r_sum, LANES);
 }
 
 // Adds to sums [BATCH][HALF_UNIT], of which COUNT groups are done, the products of w [columns][HALF_UNIT] and x.
 template <int COUNT, int BATCH>
 void outer(const float* w, int columns, const float* x, size_t x_row, float* sums) {
   Floats sum[COUNT][BATCH];
-  UNROLL for (int g = 0; g < COUNT; ++g) {
-    UNROLL for (int b = 0; b < BATCH; ++b) sum[g][b] = load(sums + b * HALF_UNIT + g * LANES);
-  }
+  load_sums(sums, LANES, HALF_UNIT, sum);
   for (int k = 0; k < columns; ++k, w += HALF_UNIT) {
     Floats value[COUNT];
     UNROLL for (int g = 0; g < COUNT; ++g) value[g] = load(w + g * LANES);
@@ -39,9 +33,7 @@ void outer(const float* w, int columns, const float* x, size_t x_row, float* sum
       UNROLL for (int g = 0; g < COUNT; ++g) sum[g][b] = fma(value[g], factor, sum[g][b]);
     }
   }
-  UNROLL for (int g = 0; g < COUNT; ++g) {
-    UNROLL for (int b = 0; b < BATCH; ++b) store(sums + b * HALF_UNIT + g * LANES, sum[g][b]);
-  }
+  store_sums(sum, sums, LANES, HALF_UNIT);
 }
 
 template <int N>
@@ -125,9 +117,7 @@ void rows_for_many(const Packed& p, const Section& s, uint32_t begin, uint32_t e
 // there are in its place; how many groups that is.
 template <int BITS, int HALF>
 int decode_columns(const Packed& p, const Section& s, uint32_t unit, uint32_t first, int count, float* out) {
-  constexpr bool split = BITS == 1 || BITS == 3;  // one step holds both halves
-  constexpr int from = split ? HALF * GROUPS / 2 : 0, to = split ? from + GROUPS / 2 : STEP_GROUPS<BITS>;
-  constexpr int steps = STEPS<BITS> > 1 ? STEPS<BITS> / 2 : 1, begin = STEPS<BITS> > 1 ? HALF * steps : 0;
+  using Of = Half<BITS, HALF>;
   const size_t stride = static_cast<size_t>(LINE) * s.count;
   const auto* base = p.at<uint8_t>(s.codes);
   const auto* entries = p.at<uint16_t>(s.tables) + first * table_entries(BITS);
@@ -140,8 +130,8 @@ int decode_columns(const Packed& p, const Section& s, uint32_t unit, uint32_t fi
   for (int k = 0; k < count; ++k, out += HALF_UNIT) {
     Table<BITS> table;
     load_table<BITS>(entries + k * table_entries(BITS), &table);
-    for (int step = begin; whole && step < begin + steps; ++step) {
-      each_index<BITS, from, to>(codes + k * LINE, stride, step, [&](Ints index, int group) INLINE_LAMBDA {
+    for (int step = Of::begin; whole && step < Of::begin + Of::steps; ++step) {
+      each_index<BITS, Of::from, Of::to>(codes + k * LINE, stride, step, [&](Ints index, int group) INLINE_LAMBDA {
         store(out + (group - HALF * GROUPS / 2) * LANES, lookup(table, index));
       });
     }

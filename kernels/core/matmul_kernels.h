@@ -48,6 +48,21 @@ INLINE void each_chunk_index(const uint8_t* codes, Do add) {
   UNROLL for (int i = 0; i < CHUNK_GROUPS; ++i) add(word >> (BITS <= 4 ? 4 : 8) * i, i);
 }
 
+// Tiles of sums, which lie `outer` and `inner` floats apart in memory, into registers and back.
+template <int COUNT, int BATCH>
+INLINE void load_sums(const float* from, size_t outer, size_t inner, Floats (&sum)[COUNT][BATCH]) {
+  UNROLL for (int i = 0; i < COUNT; ++i) {
+    UNROLL for (int b = 0; b < BATCH; ++b) sum[i][b] = load(from + i * outer + b * inner);
+  }
+}
+
+template <int COUNT, int BATCH>
+INLINE void store_sums(const Floats (&sum)[COUNT][BATCH], float* to, size_t outer, size_t inner) {
+  UNROLL for (int i = 0; i < COUNT; ++i) {
+    UNROLL for (int b = 0; b < BATCH; ++b) store(to + i * outer + b * inner, sum[i][b]);
+  }
+}
+
 // What the codes of some rows stand for, where each row has a codebook.
 template <int BITS, int ROWS>
 struct Codebooks {
@@ -106,17 +121,17 @@ void some_rows(const Packed& p, const Section& s, const uint8_t* codes, int tile
     UNROLL for (int b = 0; b < BATCH; ++b) sums[r][b] = zeros();
   }
   const size_t stride = static_cast<size_t>(LINE) * tile, x_row = padded(p);
+  const auto add_product = [&](int r, Floats value, const float* at) INLINE_LAMBDA {
+    UNROLL for (int b = 0; b < BATCH; ++b) sums[r][b] = fma(value, load(at + b * x_row), sums[r][b]);
+  };
   for (uint32_t u = 0; u < s.units; ++u, codes += unit_bytes(BITS) * tile, x += UNIT) {
     values.begin(u);
     for (int step = 0; step < STEPS<BITS>; ++step) {
       UNROLL for (int r = 0; r < ROWS; ++r) {
-        const auto add_product = [&](Ints index, int group) INLINE_LAMBDA {
-          const Floats value = values.value(r, index, group);
-          UNROLL for (int b = 0; b < BATCH; ++b) {
-            sums[r][b] = fma(value, load(x + b * x_row + group * LANES), sums[r][b]);
-          }
-        };
-        each_index<BITS, 0, STEP_GROUPS<BITS>>(codes + (first + r) * LINE, stride, step, add_product);
+        const uint8_t* start = codes + (first + r) * LINE;
+        each_index<BITS, 0, STEP_GROUPS<BITS>>(start, stride, step, [&](Ints index, int group) INLINE_LAMBDA {
+          add_product(r, values.value(r, index, group), x + group * LANES);
+        });
       }
     }
   }
@@ -124,10 +139,7 @@ void some_rows(const Packed& p, const Section& s, const uint8_t* codes, int tile
   for (uint32_t c = 0; c < s.chunks; ++c, codes += chunk_bytes(BITS) * tile, x += CHUNK) {
     UNROLL for (int r = 0; r < ROWS; ++r) {
       each_chunk_index<BITS>(codes + (first + r) * chunk_bytes(BITS), [&](Ints index, int group) INLINE_LAMBDA {
-        const Floats value = values.value(r, index, c * CHUNK_GROUPS + group);
-        UNROLL for (int b = 0; b < BATCH; ++b) {
-          sums[r][b] = fma(value, load(x + b * x_row + group * LANES), sums[r][b]);
-        }
+        add_product(r, values.value(r, index, c * CHUNK_GROUPS + group), x + group * LANES);
       });
     }
   }
@@ -162,41 +174,42 @@ void rows_of_width(const Packed& p, const Section& s, uint32_t begin, uint32_t e
   }
 }
 
+// The steps of half a unit, and the groups of each that are of that half: with 1 and 3 bits one step holds both.
+template <int BITS, int HALF>
+struct Half {
+  static constexpr bool split = STEPS<BITS> == 1;
+  static constexpr int steps = split ? 1 : STEPS<BITS> / 2, begin = split ? 0 : HALF * steps;
+  static constexpr int from = split ? HALF * GROUPS / 2 : 0, to = split ? from + GROUPS / 2 : STEP_GROUPS<BITS>;
+};
+
 // Adds to sums [BATCH][HALF_UNIT] what the columns of a section add to half a unit of rows.
 template <int BITS, int HALF, int BATCH>
 void half_unit(const Packed& p, const Section& s, uint32_t unit, const float* x, float* sums) {
-  constexpr int from = BITS == 1 || BITS == 3 ? HALF * GROUPS / 2 : 0;
-  constexpr int to = BITS == 1 || BITS == 3 ? from + GROUPS / 2 : STEP_GROUPS<BITS>;
+  using Of = Half<BITS, HALF>;
   // With 8 bits all steps of the half in one pass, as the table is long; else one after the other, in registers.
-  constexpr int steps = STEPS<BITS> > 1 ? STEPS<BITS> / 2 : 1, together = BITS >= 7 ? steps : 1;
-  constexpr int groups = (to - from) * together;
+  constexpr int together = BITS >= 7 ? Of::steps : 1, groups = (Of::to - Of::from) * together;
   const size_t stride = static_cast<size_t>(LINE) * s.count;
   const uint8_t* codes = p.at<uint8_t>(s.codes) + unit * unit_bytes(BITS) * s.count;
   const auto* entries = p.at<uint16_t>(s.tables);
   const size_t x_row = padded(p);
-  for (int pass = 0; pass < steps; pass += together) {
-    const int step = (STEPS<BITS> > 1 ? HALF * steps : 0) + pass;
-    const int first = step * STEP_GROUPS<BITS> + from;
+  for (int step = Of::begin; step < Of::begin + Of::steps; step += together) {
+    const int first = step * STEP_GROUPS<BITS> + Of::from;
     float* out = sums + (first - HALF * GROUPS / 2) * LANES;
     Floats sum[groups][BATCH];
-    UNROLL for (int g = 0; g < groups; ++g) {
-      UNROLL for (int b = 0; b < BATCH; ++b) sum[g][b] = load(out + b * HALF_UNIT + g * LANES);
-    }
+    load_sums(out, LANES, HALF_UNIT, sum);
     for (uint32_t k = 0; k < s.count; ++k) {
       Table<BITS> table;
       load_table<BITS>(entries + k * table_entries(BITS), &table);
       Floats factor[BATCH];
       UNROLL for (int b = 0; b < BATCH; ++b) factor[b] = spread(x[b * x_row + k]);
       UNROLL for (int t = 0; t < together; ++t) {
-        each_index<BITS, from, to>(codes + k * LINE, stride, step + t, [&](Ints index, int group) INLINE_LAMBDA {
+        each_index<BITS, Of::from, Of::to>(codes + k * LINE, stride, step + t, [&](Ints index, int group) INLINE_LAMBDA {
           const Floats value = lookup(table, index);
           UNROLL for (int b = 0; b < BATCH; ++b) sum[group - first][b] = fma(value, factor[b], sum[group - first][b]);
         });
       }
     }
-    UNROLL for (int g = 0; g < groups; ++g) {
-      UNROLL for (int b = 0; b < BATCH; ++b) store(out + b * HALF_UNIT + g * LANES, sum[g][b]);
-    }
+    store_sums(sum, out, LANES, HALF_UNIT);
   }
 }
 
@@ -207,9 +220,7 @@ void one_chunk(const Packed& p, const Section& s, uint32_t chunk, const float* x
   codes += chunk * chunk_bytes(BITS) * s.count;
   const auto* entries = p.at<uint16_t>(s.tables);
   Floats sum[CHUNK_GROUPS][BATCH];
-  UNROLL for (int g = 0; g < CHUNK_GROUPS; ++g) {
-    UNROLL for (int b = 0; b < BATCH; ++b) sum[g][b] = load(out + b * HALF_UNIT + g * LANES);
-  }
+  load_sums(out, LANES, HALF_UNIT, sum);
   for (uint32_t k = 0; k < s.count; ++k) {
     Table<BITS> table;
     load_table<BITS>(entries + k * table_entries(BITS), &table);
@@ -218,9 +229,7 @@ void one_chunk(const Packed& p, const Section& s, uint32_t chunk, const float* x
       UNROLL for (int b = 0; b < BATCH; ++b) sum[group][b] = fma(value, spread(x[b * padded(p) + k]), sum[group][b]);
     });
   }
-  UNROLL for (int g = 0; g < CHUNK_GROUPS; ++g) {
-    UNROLL for (int b = 0; b < BATCH; ++b) store(out + b * HALF_UNIT + g * LANES, sum[g][b]);
-  }
+  store_sums(sum, out, LANES, HALF_UNIT);
 }
 
 template <int BITS, int BATCH>

@@ -28,7 +28,6 @@ constexpr int LINE = 64;  // bytes of a word of all lanes
 constexpr int TILE = 8;
 constexpr int MOST_BITS = 8;
 constexpr int MOST_BATCH = 66;  // rows of activations that one pass over the codes serves
-constexpr int BATCH_STEP = 4;   // that prepared ones are padded to
 constexpr int HALF_UNIT = UNIT / 2;  // rows that are done together where columns have codebooks
 
 constexpr int stored_bits(int bits) { return bits == 7 ? 8 : bits; }
@@ -69,8 +68,6 @@ struct Packed {
   const T* at(uint64_t offset) const {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(this) + offset);
   }
-  uint32_t channels() const { return axis ? cols : rows; }
-  uint32_t length() const { return axis ? rows : cols; }  // of a channel
 };
 
 constexpr uint64_t MAGIC = 0x31766d7174616d71;
@@ -81,7 +78,7 @@ constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; 
 inline size_t padded(const Packed& p) { return round_up(p.cols, UNIT); }
 
 // The inner loops for one set of instructions. x: prepared activations [batch][padded], of columns in their sorted
-// order from the section's first on; batch 1..MOST_BATCH, and x is readable up to whole BATCH_STEPs.
+// order from the section's first on; batch 1..MOST_BATCH, and of 3 rows there is a fourth to read.
 struct Kernels {
   // The rows begin..end-1 of a section, begin the first of a tile, into y [batch][rows].
   void (*rows)(const Packed&, const Section&, uint32_t begin, uint32_t end, const float* x, int batch, float* y);

@@ -138,7 +138,7 @@ def test_every_block_format(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("batch", [65, 66, 67, 131])
+@pytest.mark.parametrize("batch", [65, 66, 67, 69, 131])
 def test_more_rows_than_one_pass_serves(axis: int, batch: int) -> None:
     shape = (150, 700)
     tensor = matrix(shape, axis, 2 + np.arange(shape[axis]) % 4, scaled=True, outliers=200)
