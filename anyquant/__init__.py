@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from anyquant.job import Target as Target
     from anyquant.quantizing import quantize as quantize
     from anyquant.runtime import load as load
+    from anyquant.runtime.onnx_session import onnx_session as onnx_session
 
-__all__ = ["CalibrationSettings", "Job", "Target", "__version__", "load", "quantize"]
+__all__ = ["CalibrationSettings", "Job", "Target", "__version__", "load", "onnx_session", "quantize"]
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOMES = {
     "Job": "anyquant.job",
     "Target": "anyquant.job",
     "load": "anyquant.runtime",
+    "onnx_session": "anyquant.runtime.onnx_session",
     "quantize": "anyquant.quantizing",
 }
 

@@ -240,13 +240,14 @@ def report(out: Output, folder: Path, output: Path, **options: Any) -> None:
     show_default=True,
     help="ONNX: codebook matrices without a kernel: FP32 once loaded, or packed and slow.",
 )
+@click.option("--with-runtime", is_flag=True, help="ONNX: put that kernel, for the CPU, beside the model.")
 @verb
 def export(out: Output, exporter: str, folder: Path, output: Path, **options: Any) -> None:
     """Write a quantized DIR as FORMAT: gguf, onnx, or a plug-in's.
 
     \b
     Example: anyquant export gguf small -o small.gguf
-             anyquant export onnx small -o small-onnx
+             anyquant export onnx small -o small-onnx --with-runtime
              anyquant export gguf small -o exact.gguf --layout f32
     """
     from anyquant import ir

@@ -30,6 +30,7 @@ class ExportOptions:
         flavor: ONNX: "genai" (with what onnxruntime-genai needs) or "plain".
         fallback: ONNX: what codebook matrices are where no kernel for them is registered: "fold" (FP32 once loaded) or
             "stream" (packed, decoded in every run).
+        with_runtime: ONNX: whether the library of that kernel lies beside the model.
     """
 
     layout: str = "native"
@@ -37,6 +38,7 @@ class ExportOptions:
     accuracy_level: int = 0
     flavor: str = "genai"
     fallback: str = "fold"
+    with_runtime: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,14 @@ def real_wiki() -> Path:
     return _real("wiki")
 
 
+@pytest.fixture(scope="session")
+def old_onnxruntime() -> Path:
+    """The wheel of the oldest ONNX Runtime that we support."""
+    if "onnxruntime-1.20" not in fetch.MATERIALS:
+        pytest.skip(f"ONNX Runtime 1.20 was not made for Python {sys.version_info[0]}.{sys.version_info[1]}")
+    return _real("onnxruntime-1.20")
+
+
 RunDriver = Callable[[Path, list[Path], list[str]], "subprocess.CompletedProcess[str]"]
 
 

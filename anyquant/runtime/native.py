@@ -60,17 +60,26 @@ _STATUS = {
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Load the library once: (library, "") or (None, why there is none)."""
-    if os.environ.get("ANYQUANT_NATIVE", "1") == "0":
-        return None, "switched off by ANYQUANT_NATIVE=0"
+    path = path_of(LIBRARY)
+    return _open(path) if path else (None, missing(LIBRARY))
+
+
+def _switched_off() -> bool:
+    return os.environ.get("ANYQUANT_NATIVE", "1") == "0"
+
+
+def path_of(name: str) -> Path | None:
+    """A library that was compiled with anyquant, or None; :func:`missing` says why then."""
     # In an editable install the package has two folders, of sources and of what was compiled.
-    candidates = [Path(folder) / "_lib" / LIBRARY for folder in anyquant.__path__]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        return None, (
-            f"{LIBRARY} was not built: the install found no C++ compiler or CMake. "
-            "Install both and install anyquant again; until then NumPy does the work"
-        )
-    return _open(path)
+    candidates = [Path(folder) / "_lib" / name for folder in anyquant.__path__]
+    return None if _switched_off() else next((path for path in candidates if path.is_file()), None)
+
+
+def missing(name: str) -> str:
+    """Why there is no such library, and what to do about it."""
+    if _switched_off():
+        return "switched off by ANYQUANT_NATIVE=0"
+    return f"{name} was not built: the install found no C++ compiler or CMake. Install both and install anyquant again"
 
 
 def _open(path: Path) -> tuple[ctypes.CDLL | None, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from anyquant.errors import CorruptFileError, MissingDependency
 from anyquant.gguf_container import Header
+from anyquant.runtime.onnx_session import model_file
 
 _ROUNDING_TYPES = {
     1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
@@ -73,17 +74,6 @@ def _recorded_rounding(metadata: dict[str, Any]) -> str:
     return "written with --allow-rounding" if allowed else ""
 
 
-def onnx_model_file(path: Path) -> Path:
-    """The graph in an exported folder.
-
-    Raises:
-        CorruptFileError: there is none.
-    """
-    if not (path / "model.onnx").is_file():
-        raise CorruptFileError(f"{path} holds no ONNX model: give the folder that 'anyquant export onnx' wrote")
-    return path / "model.onnx"
-
-
 def onnx_arithmetic(path: Path) -> Arithmetic:
     """From the graph's MatMulNBits nodes and the type of its logits.
 
@@ -97,7 +87,7 @@ def onnx_arithmetic(path: Path) -> Arithmetic:
         import onnx
     except ImportError:
         raise MissingDependency("onnx", "onnx", "validating an ONNX file") from None
-    file = onnx_model_file(path)
+    file = model_file(path)
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyquant import ir
-from anyquant.validation.arithmetic import onnx_model_file
+from anyquant.runtime.onnx_session import model_file
 
 
 def ir_bytes(model: ir.Model) -> int:
@@ -17,7 +17,7 @@ def onnx_bytes(path: Path) -> int:
     """Bytes of the graph and of the files its weights lie in."""
     import onnx
 
-    file = onnx_model_file(path)
+    file = model_file(path)
     model = onnx.load(str(file), load_external_data=False)
     locations = {
         entry.value

@@ -16,6 +16,7 @@ import numpy as np
 from anyquant import ir
 from anyquant.errors import UsageError
 from anyquant.exporters.protocol import LAYOUTS, ExportOptions, ExportPlan
+from anyquant.runtime.onnx_session import LIBRARY, operators
 
 FLAVORS = ("genai", "plain")
 FALLBACKS = ("fold", "stream")
@@ -39,6 +40,7 @@ class ONNXExporter:
             UnknownArchitecture: the builder does not know the family.
             CorruptFileError: config.json contradicts itself.
             MissingDependency: onnx, onnx-ir or onnxruntime-genai is not installed.
+            MachineError: there is no library to put beside the model.
         """
         _check_options(options)
         from anyquant.exporters.onnx.graph_source import build_skeleton, require_packages
@@ -57,7 +59,7 @@ class ONNXExporter:
         Raises:
             ExportRefused: a matrix cannot be written exactly in this layout, or the graph source changed a weight.
             UsageError: the folder exists and is not empty; or see :meth:`check`.
-            MachineError: disk or memory do not suffice.
+            MachineError: disk or memory do not suffice, or there is no library to put beside the model.
             CorruptFileError: config.json contradicts itself.
         """
         _check_options(options)
@@ -86,7 +88,7 @@ class ONNXExporter:
                 source = build_graph(model, work)
                 job = prepare(model, options, source)
                 write.write_files(model, job, source, temporary, progress)
-                write.copy_side_files(source, temporary, options.flavor)
+                write.copy_side_files(source, temporary, options.flavor, runtime=LIBRARY in job.plan.files)
                 if path.exists():
                     path.rmdir()
                 temporary.rename(path)
@@ -117,3 +119,5 @@ def _check_options(options: ExportOptions) -> None:
         raise UsageError(f"unknown fallback {options.fallback!r}; known: {', '.join(FALLBACKS)}")
     if options.accuracy_level not in ACCURACY_LEVELS:
         raise UsageError(f"accuracy level {options.accuracy_level!r} is not in 0..4")
+    if options.with_runtime:
+        operators()

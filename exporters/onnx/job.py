@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 
@@ -18,10 +18,12 @@ from anyquant import ir
 from anyquant.exporters.onnx import layout
 from anyquant.exporters.onnx.binding import Binding, Part, bind, left_out
 from anyquant.exporters.onnx.editing import DATA_FILE, Item, place, serialize, tensor_shape
+from anyquant.exporters.onnx.functions import MATMUL
 from anyquant.exporters.onnx.graph_source import GraphSource, checkpoint_bytes, head_size, temporary_disk
 from anyquant.exporters.onnx.matmul_nbits import Form
 from anyquant.exporters.onnx.rewrite import Rewriter, uses_of
 from anyquant.exporters.protocol import ExportOptions, ExportPlan, Refusal
+from anyquant.runtime.onnx_session import LIBRARY, operators
 
 MODEL_FILE = "model.onnx"
 MAP_KEY = "anyquant.tensors"
@@ -87,13 +89,14 @@ def prepare(model: ir.Model, options: ExportOptions, source: GraphSource, refusa
     tensor_map = _map(model, held)
     zeros = _zeros(model, bindings, unbound)
     functions = rewriter.functions()
+    called = {function.name for function in functions}
     written = serialize(graph, items, _metadata(model, options, tensor_map, zeros), functions)
     plan = ExportPlan(
         layout=options.layout,
-        files={MODEL_FILE: len(written), DATA_FILE: data_bytes},
+        files={MODEL_FILE: len(written), DATA_FILE: data_bytes, **_runtime(options, called)},
         types=_types(model, stored, tensor_map, zeros),
         refusals=tuple(refusals),
-        notes=tuple(_notes(model, stored, options, [*tensor_map, *zeros])),
+        notes=tuple(_notes(model, stored, options, [*tensor_map, *zeros], called)),
         temporary_disk=temporary_disk(model),
         peak_memory=2 * checkpoint_bytes(model) + _BUILDER_MEMORY,
     )
@@ -204,8 +207,21 @@ def _types(
     return types
 
 
-def _notes(model: ir.Model, stored: dict[str, layout.Stored], options: ExportOptions, readable: list[str]) -> list[str]:
+def _runtime(options: ExportOptions, called: Container[str]) -> dict[str, int]:
+    """The library of operators, where it is wanted and of use."""
+    return {LIBRARY: operators().stat().st_size} if options.with_runtime and MATMUL in called else {}
+
+
+def _notes(
+    model: ir.Model,
+    stored: dict[str, layout.Stored],
+    options: ExportOptions,
+    readable: list[str],
+    called: Container[str],
+) -> list[str]:
     notes = layout.notes_on(model, stored, options)
+    if options.with_runtime and MATMUL not in called:
+        notes.append("ONNX Runtime has kernels for all that this model needs, so that none are put beside it.")
     missing = [name for name in model.entries if name not in readable]
     if missing:
         notes.append(

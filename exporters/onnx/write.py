@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from anyquant.exporters.onnx.job import MODEL_FILE, Job
 from anyquant.exporters.onnx.layout import Group
 from anyquant.exporters.onnx.matmul_nbits import integer_matrix
 from anyquant.exporters.onnx.rewrite import TRANSPOSED
+from anyquant.runtime.onnx_session import LIBRARY, operators
+
+GENAI_CONFIG = "genai_config.json"
 
 
 @contextmanager
@@ -190,11 +194,25 @@ def _bytes(item: Item, groups: _Groups, graph: FloatGraph) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def copy_side_files(source: GraphSource, folder: Path, flavor: str) -> None:
-    """Tokenizer files and genai_config.json, as the builder wrote them; "plain" goes without the latter."""
+def copy_side_files(source: GraphSource, folder: Path, flavor: str, *, runtime: bool) -> None:
+    """Tokenizer files and genai_config.json, as the builder wrote them; "plain" goes without the latter.
+
+    With the runtime, the library of operators too, which genai_config.json then names.
+    """
     assert source.folder is not None
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and path.name not in (MODEL_FILE, DATA_FILE):
-            if path.name == "genai_config.json" and flavor == "plain":
+            if path.name == GENAI_CONFIG and flavor == "plain":
                 continue
             shutil.copyfile(path, folder / path.name)
+    if runtime:
+        shutil.copyfile(operators(), folder / LIBRARY)
+        if (folder / GENAI_CONFIG).exists():
+            _name_library(folder / GENAI_CONFIG)
+
+
+def _name_library(path: Path) -> None:
+    """Let onnxruntime-genai load the library, which it looks for beside the file."""
+    config = json.loads(path.read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+    path.write_text(json.dumps(config, indent=4) + "\n")

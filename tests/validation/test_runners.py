@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from anyquant.errors import AnyquantError, CorruptFileError, InputError, MachineError, MissingDependency
-from anyquant.validation.arithmetic import onnx_arithmetic, onnx_model_file
+from anyquant.runtime.onnx_session import model_file
+from anyquant.validation.arithmetic import onnx_arithmetic
 from anyquant.validation.metrics import compare_logits
 from anyquant.validation.runners import Runner, RunnerSpec, llama_abi, open_runner
 from anyquant.validation.sizes import onnx_bytes
@@ -237,7 +238,7 @@ def test_onnx_logits_and_cache(cumulative_onnx: Make) -> None:
 
 def test_onnx_wants_an_exported_folder(cumulative_onnx: Make) -> None:
     path = cumulative_onnx("renamed")
-    assert onnx_model_file(path) == path / "model.onnx"
+    assert model_file(path) == path / "model.onnx"
     (path / "model.onnx").rename(path / "other.onnx")
     for wrong in (path, path / "other.onnx"):
         with pytest.raises(CorruptFileError, match=r"holds no ONNX model: give the folder"):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError, MissingDependency
-from anyquant.validation.arithmetic import onnx_model_file
+from anyquant.runtime.onnx_session import model_file, open_session, operators_beside
 from anyquant.validation.runners.protocol import check_ids
 
 _TYPES: dict[str, Any] = {
@@ -34,7 +34,8 @@ class OnnxRuntimeRunner:
 
         Raises:
             MissingDependency: onnxruntime is not installed.
-            InputError: no such file, or ONNX Runtime refuses it.
+            InputError: no such file, ONNX Runtime refuses it, or a library lies beside it that is not ours.
+            MachineError: a library lies beside it, and this installation has none.
         """
         try:
             import onnxruntime as ort
@@ -43,17 +44,19 @@ class OnnxRuntimeRunner:
         if not path.exists():
             raise InputError(f"there is no {path}")
         self.name, self.runtime = name, f"ONNX Runtime {ort.__version__}"
-        self._file = onnx_model_file(path)
+        self._file = model_file(path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL
         # Other runners take turns with this one: its threads must not spin meanwhile.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(str(self._file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise InputError(f"ONNX Runtime {ort.__version__} cannot load {self._file}: {error}") from None
+        # What was exported is what is run: with our kernels if they are part of it.
+        library = operators_beside(self._file)
+        if library:
+            options.register_custom_ops_library(str(library))
+            self.runtime += " with our kernels"
+        self._session = open_session(self._file, options)
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
         self._vocabulary: int | None = None

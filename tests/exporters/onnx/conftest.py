@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.exporters.onnx import ONNXExporter
+from anyquant.exporters.onnx.codebook import stored_arrays
+from anyquant.exporters.onnx.function_steps import Steps
+from anyquant.exporters.onnx.functions import DOMAIN, gather_function, matmul_function, steps_for
 from anyquant.exporters.protocol import ExportOptions, ExportPlan
 from anyquant.ir.packing import pack
 from anyquant.methods.block import WIDTHS, BlockMethod
@@ -64,6 +68,51 @@ def random_codebook(
         arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
     places = np.sort(rng.choice(spec.numel, outliers, replace=False))
     return _with_outliers(spec, arrays, places, rng.normal(size=outliers))
+
+
+_NEUTRAL = {
+    ".input_scale": np.ones(1, np.float16),
+    ".outlier_indptr": np.zeros(1, np.uint32),
+    ".outlier_index": np.zeros(0, np.uint16),
+    ".outlier_value": np.zeros(0, np.float16),
+}
+_SUFFIXES = (".bits", ".planes", ".codebook", *_NEUTRAL)
+_BLOCK = 40
+"""Weights in a block of the streaming body: several blocks, the last one not full."""
+
+
+def codebook_model(
+    tensor: ir.Tensor,
+    fallback: str = "",
+    steps: Steps | None = None,
+    bias: np.ndarray | None = None,
+    block: int = _BLOCK,
+    opset: int = 22,
+    **changed: np.ndarray,
+) -> onnx.ModelProto:
+    """One node: CodebookMatMul with this fallback, or CodebookGather if there is none."""
+    spec = tensor.spec
+    assert isinstance(spec, ir.CodebookSpec)
+    steps = steps or steps_for([spec])
+    arrays = {**_NEUTRAL, **stored_arrays(tensor), ".bias": np.zeros(1, np.float32) if bias is None else bias}
+    arrays |= {f".{name}": array for name, array in changed.items()}
+    out, columns = spec.shape
+    if fallback:
+        function = matmul_function(opset, fallback, steps, block)
+        suffixes, sizes = (*_SUFFIXES, ".bias"), {"K": columns, "N": out, "transB": 1 - spec.axis}
+        given = helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
+        result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", out])
+    else:
+        function = gather_function(opset, steps)
+        suffixes, sizes = _SUFFIXES, {"K": columns}
+        given = helper.make_tensor_value_info("given", onnx.TensorProto.INT64, ["batch", "tokens"])
+        result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
+    names = ["w" + suffix for suffix in suffixes]
+    node = helper.make_node(function.name, ["given", *names], ["result"], domain=DOMAIN, **sizes)
+    stored = [numpy_helper.from_array(arrays[suffix], name) for suffix, name in zip(suffixes, names, strict=True)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    graph = helper.make_graph([node], "one", [given], [result], stored)
+    return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
 def _with_outliers(
@@ -262,6 +311,12 @@ def verify(logits_of: Callable[[Exported], tuple[np.ndarray, np.ndarray]]) -> Ca
 def codebook_of() -> Callable[..., ir.Tensor]:
     """codebook_of(shape, axis, bits, scaled=, outliers=, seed=) -> random tensor."""
     return random_codebook
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[..., onnx.ModelProto]:
+    """model_of(codebook tensor, fallback, steps, bias, block=, opset=, **changed arrays) -> a model of one node."""
+    return codebook_model
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import onnx
 import onnx.inliner
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -28,16 +28,6 @@ from anyquant.exporters.onnx.functions import (
 )
 
 FALLBACKS = ("fold", "stream")
-NONE = {
-    ".input_scale": np.ones(1, np.float16),
-    ".outlier_indptr": np.zeros(1, np.uint32),
-    ".outlier_index": np.zeros(0, np.uint16),
-    ".outlier_value": np.zeros(0, np.float16),
-}
-SUFFIXES = (".bits", ".planes", ".codebook", *NONE)
-BLOCK = 40
-"""Weights in a block of the streaming body: several blocks, the last one not full."""
-
 SHAPES = [(5, 16), (16, 5), (7, 7), (1, 9), (9, 1), (13, 24)]
 
 
@@ -48,40 +38,6 @@ class GatherElements(OpRun):  # type: ignore[misc]
 
     def _run(self, data: np.ndarray, indices: np.ndarray, axis: int = 0) -> tuple[np.ndarray]:
         return (np.take_along_axis(data, indices.astype(np.int64), axis),)
-
-
-def model_of(
-    tensor: ir.Tensor,
-    fallback: str = "",
-    steps: Steps | None = None,
-    bias: np.ndarray | None = None,
-    block: int = BLOCK,
-    opset: int = 22,
-    **changed: np.ndarray,
-) -> onnx.ModelProto:
-    """One node: CodebookMatMul with this fallback, or CodebookGather if there is none."""
-    spec = tensor.spec
-    assert isinstance(spec, ir.CodebookSpec)
-    steps = steps or steps_for([spec])
-    arrays = {**NONE, **stored_arrays(tensor), ".bias": np.zeros(1, np.float32) if bias is None else bias}
-    arrays |= {f".{name}": array for name, array in changed.items()}
-    out, columns = spec.shape
-    if fallback:
-        function = matmul_function(opset, fallback, steps, block)
-        suffixes, sizes = (*SUFFIXES, ".bias"), {"K": columns, "N": out, "transB": 1 - spec.axis}
-        given = helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
-        result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", out])
-    else:
-        function = gather_function(opset, steps)
-        suffixes, sizes = SUFFIXES, {"K": columns}
-        given = helper.make_tensor_value_info("given", onnx.TensorProto.INT64, ["batch", "tokens"])
-        result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
-    names = ["w" + suffix for suffix in suffixes]
-    node = helper.make_node(function.name, ["given", *names], ["result"], domain=DOMAIN, **sizes)
-    stored = [numpy_helper.from_array(arrays[suffix], name) for suffix, name in zip(suffixes, names, strict=True)]
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph([node], "one", [given], [result], stored)
-    return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
 def session(model: onnx.ModelProto, optimized: Path | None = None) -> onnxruntime.InferenceSession:
@@ -122,12 +78,19 @@ def cases(axes: tuple[int, ...]) -> Iterator[Any]:
 
 
 Make = Callable[..., ir.Tensor]
+ModelOf = Callable[..., onnx.ModelProto]
 
 
 @pytest.mark.parametrize("fallback", FALLBACKS)
 @pytest.mark.parametrize(("shape", "axis", "bits", "settings"), list(cases((0, 1))))
 def test_products(
-    codebook_of: Make, shape: tuple[int, int], axis: int, bits: np.ndarray, settings: dict[str, Any], fallback: str
+    codebook_of: Make,
+    model_of: ModelOf,
+    shape: tuple[int, int],
+    axis: int,
+    bits: np.ndarray,
+    settings: dict[str, Any],
+    fallback: str,
 ) -> None:
     tensor = codebook_of(shape, axis, bits, **settings)
     weights = ir.dequantize(tensor)
@@ -147,7 +110,9 @@ def test_products(
 
 
 @pytest.mark.parametrize(("shape", "axis", "bits", "settings"), list(cases((0,))))
-def test_rows(codebook_of: Make, shape: tuple[int, int], axis: int, bits: np.ndarray, settings: dict[str, Any]) -> None:
+def test_rows(
+    codebook_of: Make, model_of: ModelOf, shape: tuple[int, int], axis: int, bits: np.ndarray, settings: dict[str, Any]
+) -> None:
     tensor = codebook_of(shape, axis, bits, **settings)
     weights = ir.dequantize(tensor)
     indices = np.random.default_rng(2).integers(-shape[0], shape[0], (2, 5))  # some twice, some from the end
@@ -158,7 +123,7 @@ def test_rows(codebook_of: Make, shape: tuple[int, int], axis: int, bits: np.nda
         assert np.array_equal(reference(model, indices), weights[indices])
 
 
-def test_blocks_of_one_channel_and_of_all(codebook_of: Make) -> None:
+def test_blocks_of_one_channel_and_of_all(codebook_of: Make, model_of: ModelOf) -> None:
     for axis in (0, 1):
         tensor = codebook_of((12, 20), axis, np.arange((12, 20)[axis]) % 9, scaled=True, outliers=30)
         expected = ir.dequantize(tensor)
@@ -167,7 +132,7 @@ def test_blocks_of_one_channel_and_of_all(codebook_of: Make) -> None:
             assert np.array_equal(run(model, np.eye(20, dtype=np.float32)[None])[0].T, expected)
 
 
-def test_columns_beyond_16_bits(codebook_of: Make) -> None:
+def test_columns_beyond_16_bits(codebook_of: Make, model_of: ModelOf) -> None:
     tensor = codebook_of((3, 65544), 0, np.array([1, 0, 2]), outliers=50)
     assert tensor.arrays[".outlier_index"].dtype == np.uint32
     weights = ir.dequantize(tensor)
@@ -178,7 +143,7 @@ def test_columns_beyond_16_bits(codebook_of: Make) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 20, 21, 23, 24])
-def test_the_opset_of_the_model_is_used(codebook_of: Make, opset: int) -> None:
+def test_the_opset_of_the_model_is_used(codebook_of: Make, model_of: ModelOf, opset: int) -> None:
     tensor = codebook_of((6, 20), 0, np.array([3, 0, 8, 1, 2, 5]), scaled=True, outliers=9)
     weights = ir.dequantize(tensor)
     for fallback in FALLBACKS:
@@ -188,7 +153,7 @@ def test_the_opset_of_the_model_is_used(codebook_of: Make, opset: int) -> None:
     assert np.array_equal(run(model_of(tensor, opset=opset), np.array([[5, 0]])), weights[[[5, 0]]])
 
 
-def test_unused_planes_change_nothing(codebook_of: Make) -> None:
+def test_unused_planes_change_nothing(codebook_of: Make, model_of: ModelOf) -> None:
     tensor = codebook_of((6, 16), 0, np.array([3, 0, 8, 1, 2, 5]))
     planes = stored_arrays(tensor)[".planes"]
     more = np.concatenate([planes, np.full((2, planes.shape[1]), 255, np.uint8)])
@@ -198,7 +163,7 @@ def test_unused_planes_change_nothing(codebook_of: Make) -> None:
         assert np.array_equal(found, run(model_of(tensor, fallback), identity))
 
 
-def test_a_kernel_of_that_name_is_used_instead(codebook_of: Make) -> None:
+def test_a_kernel_of_that_name_is_used_instead(codebook_of: Make, model_of: ModelOf) -> None:
     class CodebookMatMul(OpRun):  # type: ignore[misc]
         op_domain = DOMAIN
 
@@ -229,7 +194,7 @@ def all_steps(codebook_of: Make) -> Callable[[int], ir.Tensor]:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_fold_leaves_one_matrix_and_no_decoding(
-    all_steps: Callable[[int], ir.Tensor], axis: int, tmp_path: Path
+    all_steps: Callable[[int], ir.Tensor], model_of: ModelOf, axis: int, tmp_path: Path
 ) -> None:
     session(model_of(all_steps(axis), "fold"), tmp_path / "optimized.onnx")
     graph = onnx.load(tmp_path / "optimized.onnx").graph
@@ -240,7 +205,7 @@ def test_fold_leaves_one_matrix_and_no_decoding(
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_stream_keeps_nothing_larger_than_what_is_stored(
-    all_steps: Callable[[int], ir.Tensor], axis: int, tmp_path: Path
+    all_steps: Callable[[int], ir.Tensor], model_of: ModelOf, axis: int, tmp_path: Path
 ) -> None:
     tensor = all_steps(axis)
     session(model_of(tensor, "stream", block=1 << 14), tmp_path / "optimized.onnx")
@@ -270,7 +235,7 @@ def test_bodies_have_only_the_steps_that_are_needed() -> None:
 
 @pytest.mark.parametrize("fallback", FALLBACKS)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_no_activations_have_no_products(codebook_of: Make, fallback: str, axis: int) -> None:
+def test_no_activations_have_no_products(codebook_of: Make, model_of: ModelOf, fallback: str, axis: int) -> None:
     tensor = codebook_of((13, 24), axis, np.arange((13, 24)[axis]) % 5, scaled=True, outliers=9)
     found = run(model_of(tensor, fallback), np.zeros((2, 0, 24), np.float32))
     assert found.shape == (2, 0, 13)

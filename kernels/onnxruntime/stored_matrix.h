@@ -1,0 +1,37 @@
+// The constants of a CodebookMatMul node, as docs/onnx-operators.md defines them: read, checked, repacked.
+#pragma once
+
+#include "ort_api.h"
+
+// Memory that begins at the border of a cache line; freed with it.
+class Memory {
+ public:
+  Memory() = default;
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  // Whether there is that much to be had; what was held before is freed.
+  bool reserve(size_t bytes);
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// What a node's kernel needs of its constants.
+struct StoredMatrix {
+  int64_t inputs = 0, outputs = 0;
+  size_t packed_bytes = 0;
+  Memory packed;  // by aq_matmul_pack
+  Memory bias;    // [outputs], or nothing
+};
+
+// An error that says the node's name first.
+OrtStatus* refuse(const OrtApi& api, const OrtKernelInfo* info, int error, const char* format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+// Null, or why the node's constants mean nothing.
+OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatrix* matrix);
