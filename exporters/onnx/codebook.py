@@ -18,6 +18,15 @@ from anyquant.ir.packing import code_offsets, row_bytes, row_chunks, unpack
 Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 BITS, PLANES, CODEBOOK = ".bits", ".planes", ".codebook"
+NEUTRAL: dict[str, np.ndarray] = {
+    ".input_scale": np.ones(1, np.float16),
+    ".outlier_indptr": np.zeros(1, np.uint32),
+    ".outlier_index": np.zeros(0, np.uint16),
+    ".outlier_value": np.zeros(0, np.float16),
+}
+"""What stands in for an array that a tensor does not have."""
+STORED = (BITS, PLANES, CODEBOOK, *NEUTRAL)
+"""Suffixes of the arrays, in the order of the operators' inputs."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as oir
 
 from anyquant import ir
-from anyquant.exporters.onnx.codebook import CodebookForm, array_shapes
+from anyquant.exporters.onnx.codebook import NEUTRAL, STORED, CodebookForm, array_shapes
 from anyquant.exporters.onnx.editing import GraphEditor
 from anyquant.exporters.onnx.functions import (
     DOMAIN,
@@ -19,15 +19,6 @@ from anyquant.exporters.onnx.functions import (
     steps_for,
 )
 from anyquant.exporters.onnx.layout import Group
-
-# What stands in for an array that a tensor does not have.
-_NEUTRAL: dict[str, tuple[str, np.ndarray]] = {
-    ".input_scale": ("anyquant.no_scale", np.ones(1, np.float16)),
-    ".outlier_indptr": ("anyquant.no_outliers.indptr", np.zeros(1, np.uint32)),
-    ".outlier_index": ("anyquant.no_outliers.index", np.zeros(0, np.uint16)),
-    ".outlier_value": ("anyquant.no_outliers.value", np.zeros(0, np.float16)),
-}
-_STORED = (".bits", ".planes", ".codebook", *_NEUTRAL)
 
 
 class CodebookNodes:
@@ -91,7 +82,8 @@ class CodebookNodes:
         if tensor not in self._stored:
             values = self._editor.store_groups(group, array_shapes(_spec(group)))
             self._stored[tensor] = [
-                values[suffix] if suffix in values else self._editor.constant(*_NEUTRAL[suffix]) for suffix in _STORED
+                values[suffix] if suffix in values else self._editor.constant(f"anyquant.no{suffix}", NEUTRAL[suffix])
+                for suffix in STORED
             ]
         return self._stored[tensor]
 

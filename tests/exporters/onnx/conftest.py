@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from anyquant import ir
 from anyquant.checkpoint import open_checkpoint
 from anyquant.exporters.onnx import ONNXExporter
-from anyquant.exporters.onnx.codebook import stored_arrays
+from anyquant.exporters.onnx.codebook import NEUTRAL, STORED, stored_arrays
 from anyquant.exporters.onnx.function_steps import Steps
 from anyquant.exporters.onnx.functions import DOMAIN, gather_function, matmul_function, steps_for
 from anyquant.exporters.protocol import ExportOptions, ExportPlan
@@ -70,13 +70,6 @@ def random_codebook(
     return _with_outliers(spec, arrays, places, rng.normal(size=outliers))
 
 
-_NEUTRAL = {
-    ".input_scale": np.ones(1, np.float16),
-    ".outlier_indptr": np.zeros(1, np.uint32),
-    ".outlier_index": np.zeros(0, np.uint16),
-    ".outlier_value": np.zeros(0, np.float16),
-}
-_SUFFIXES = (".bits", ".planes", ".codebook", *_NEUTRAL)
 _BLOCK = 40
 """Weights in a block of the streaming body: several blocks, the last one not full."""
 
@@ -94,17 +87,17 @@ def codebook_model(
     spec = tensor.spec
     assert isinstance(spec, ir.CodebookSpec)
     steps = steps or steps_for([spec])
-    arrays = {**_NEUTRAL, **stored_arrays(tensor), ".bias": np.zeros(1, np.float32) if bias is None else bias}
+    arrays = {**NEUTRAL, **stored_arrays(tensor), ".bias": np.zeros(1, np.float32) if bias is None else bias}
     arrays |= {f".{name}": array for name, array in changed.items()}
     out, columns = spec.shape
     if fallback:
         function = matmul_function(opset, fallback, steps, block)
-        suffixes, sizes = (*_SUFFIXES, ".bias"), {"K": columns, "N": out, "transB": 1 - spec.axis}
+        suffixes, sizes = (*STORED, ".bias"), {"K": columns, "N": out, "transB": 1 - spec.axis}
         given = helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
         result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", out])
     else:
         function = gather_function(opset, steps)
-        suffixes, sizes = _SUFFIXES, {"K": columns}
+        suffixes, sizes = STORED, {"K": columns}
         given = helper.make_tensor_value_info("given", onnx.TensorProto.INT64, ["batch", "tokens"])
         result = helper.make_tensor_value_info("result", onnx.TensorProto.FLOAT, ["batch", "tokens", columns])
     names = ["w" + suffix for suffix in suffixes]
