@@ -17,9 +17,9 @@ const Packed* packed_at(const void* packed) {
   return p && reinterpret_cast<uintptr_t>(p) % LINE == 0 && p->magic == MAGIC ? p : nullptr;
 }
 
-// Workspace: [batch][padded] of activations, and one more where the last pass has 3; then for each of them what channels
+// Workspace: [batch][x_stride] of activations, and one more where the last pass lacks one to fours; then for each of them what channels
 // without codes add to every row (columns), or the sum that they are multiplied with (rows).
-size_t prepared_rows(size_t batch) { return batch + (batch % MOST_BATCH == 3); }
+size_t prepared_rows(size_t batch) { return batch + (batch % MOST_BATCH % 4 == 3); }
 
 const Kernels* kernels_of(int level) {
   if (level == AQ_LEVEL_BEST) level = aq_matmul_level();
@@ -30,34 +30,43 @@ const Kernels* kernels_of(int level) {
   return level == AQ_LEVEL_SCALAR ? &scalar_kernels : nullptr;
 }
 
-// The first row of a part's share: as many bytes of codes before it as parts are before it, at the border of a tile.
+// What a weight of a width costs beside one of another: up to 4 bits the same but for memory, beyond that by what is looked
+// up in how long a table. Measured, AVX-512.
+constexpr uint64_t COST[MOST_BITS + 1] = {1, 14, 14, 15, 16, 27, 50, 220, 220};
+
+// The first row of a part's share: as much work before it as parts are before it, at the border of a tile.
 struct Border {
   int section;
   uint32_t row;
 };
 
 Border border(const Packed& p, size_t part, size_t parts) {
-  const size_t overhead = LINE;  // of a row without any codes
-  size_t total = 0;
-  for (int i = 0; i < p.sections; ++i) total += p.section[i].count * (p.section[i].channel_bytes() + overhead);
-  size_t before = static_cast<size_t>(static_cast<unsigned __int128>(total) * part / parts);
+  uint64_t total = 0;
+  for (int i = 0; i < p.sections; ++i) total += p.section[i].count * COST[p.section[i].bits];
+  auto before = static_cast<uint64_t>(static_cast<unsigned __int128>(total) * part / parts);
   for (int i = 0; i < p.sections; ++i) {
     const Section& s = p.section[i];
-    const size_t row = before / (s.channel_bytes() + overhead);
+    const uint64_t row = before / COST[s.bits];
     if (row < s.count) return {i, static_cast<uint32_t>(row / TILE * TILE)};
-    before -= s.count * (s.channel_bytes() + overhead);
+    before -= s.count * COST[s.bits];
   }
   return {p.sections, 0};
 }
 
-void add_outliers(const Packed& p, uint32_t row, const float* x, size_t batch, float* y) {
+// Of the row in this place: of the sorted ones where rows have codebooks.
+void add_outliers(const Packed& p, uint32_t place, uint32_t row, const float* x, size_t batch, float* y) {
   const auto* indptr = p.at<uint32_t>(p.indptr);
   const auto* index = p.at<uint32_t>(p.index);
   const auto* delta = p.at<float>(p.delta);
+  const uint32_t begin = indptr[place], end = indptr[place + 1];
   for (size_t b = 0; b < batch; ++b, x += p.cols, y += p.rows) {
-    float sum = 0;
-    for (uint32_t i = indptr[row]; i < indptr[row + 1]; ++i) sum += delta[i] * x[index[i]];
-    y[row] += sum;
+    float sums[4] = {};  // one after the other would wait for each sum
+    uint32_t i = begin;
+    for (; i + 4 <= end; i += 4) {
+      for (int j = 0; j < 4; ++j) sums[j] += delta[i + j] * x[index[i + j]];
+    }
+    for (; i < end; ++i) sums[0] += delta[i] * x[index[i]];
+    y[row] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 }
 
@@ -72,7 +81,7 @@ void run_rows(const Packed& p, const Kernels& kernels, const float* x, size_t ba
       const int some = static_cast<int>(batch - b < MOST_BATCH ? batch - b : MOST_BATCH);
       float* out = y + b * p.rows;
       if (s.bits) {
-        kernels.rows(p, s, begin, end, prepared + b * padded(p), some, out);
+        kernels.rows(p, s, begin, end, prepared + b * x_stride(p), some, out);
         continue;
       }
       for (uint32_t row = begin; row < end; ++row) {
@@ -81,7 +90,7 @@ void run_rows(const Packed& p, const Kernels& kernels, const float* x, size_t ba
       }
     }
     if (!p.outliers) continue;
-    for (uint32_t row = begin; row < end; ++row) add_outliers(p, order[s.first + row], x, batch, y);
+    for (uint32_t i = s.first + begin; i < s.first + end; ++i) add_outliers(p, i, order[i], x, batch, y);
   }
 }
 
@@ -98,12 +107,12 @@ void run_columns(const Packed& p, const Kernels& kernels, const float* x, size_t
       }
       for (int i = 0; i < p.sections; ++i) {
         const Section& s = p.section[i];
-        if (s.bits) kernels.columns(p, s, static_cast<uint32_t>(half), prepared + b * padded(p) + s.first, some, sums);
+        if (s.bits) kernels.columns(p, s, static_cast<uint32_t>(half), prepared + b * x_stride(p) + s.first, some, sums);
       }
       for (int j = 0; j < some; ++j) std::memcpy(y + (b + j) * p.rows + first, sums + j * HALF_UNIT, count * sizeof(float));
     }
     if (!p.outliers) continue;
-    for (size_t row = first; row < first + count; ++row) add_outliers(p, static_cast<uint32_t>(row), x, batch, y);
+    for (auto row = static_cast<uint32_t>(first); row < first + count; ++row) add_outliers(p, row, row, x, batch, y);
   }
 }
 
@@ -121,7 +130,7 @@ extern "C" int aq_matmul_level(void) {
 
 extern "C" size_t aq_matmul_workspace(const void* packed, size_t batch) {
   const Packed* p = packed_at(packed);
-  return p ? prepared_rows(batch) * (padded(*p) + 1) * sizeof(float) : 0;
+  return p ? prepared_rows(batch) * (x_stride(*p) + 1) * sizeof(float) : 0;
 }
 
 extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace,
@@ -132,12 +141,12 @@ extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batc
   if (!x || !workspace || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
   if (workspace_len < aq_matmul_workspace(packed, batch)) return AQ_BAD_LENGTH;
   auto* rows = static_cast<float*>(workspace);
-  float* constants = rows + prepared_rows(batch) * padded(*p);
+  float* constants = rows + prepared_rows(batch) * x_stride(*p);
   const auto* order = p->at<uint32_t>(p->order);
   const auto* scale = p->scale ? p->at<float>(p->scale) : nullptr;
   const Section& least = p->section[0];
   std::memset(workspace, 0, aq_matmul_workspace(packed, batch));
-  for (size_t b = 0; b < batch; ++b, rows += padded(*p), x += p->cols) {
+  for (size_t b = 0; b < batch; ++b, rows += x_stride(*p), x += p->cols) {
     for (uint32_t k = 0; k < p->cols; ++k) {
       const uint32_t column = p->axis ? order[k] : k;
       rows[k] = scale ? x[column] * scale[column] : x[column];
@@ -159,7 +168,7 @@ extern "C" int aq_matmul_run(const void* packed, const float* x, size_t batch, c
   const Kernels* kernels = kernels_of(level);
   if (!kernels) return level < AQ_LEVEL_BEST || level > AQ_LEVEL_AVX512 ? AQ_BAD_ARGUMENT : AQ_UNSUPPORTED;
   const auto* prepared = static_cast<const float*>(workspace);
-  const float* constants = prepared + prepared_rows(batch) * padded(*p);
+  const float* constants = prepared + prepared_rows(batch) * x_stride(*p);
   const auto run = p->axis ? run_columns : run_rows;
   run(*p, *kernels, x, batch, prepared, constants, y, part, parts);
   return AQ_OK;

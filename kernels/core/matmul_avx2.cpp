@@ -1,4 +1,4 @@
-// Products by AVX2, FMA and F16C; see matmul_kernels.h.
+// Products by AVX2, FMA and F16C; see matmul_codes.h.
 
 #include <string.h>
 
@@ -17,11 +17,16 @@
 namespace matmul {
 namespace {
 
-constexpr int rows_together(int, int batch) { return batch > 1 ? 1 : 2; }  // as registers suffice
+// As registers suffice.
+constexpr int rows_together(int, int batch) { return batch > 1 ? 1 : 2; }
+constexpr int groups_together(int) { return 4; }
+constexpr int FEW = 8;  // rows of activations that codes are looked up for each time
 constexpr int MANY_ROWS = 2, MANY_BATCH = 2;  // of the tiles of sums for many rows of activations
 
 #include "matmul_avx2.h"
-#include "matmul_kernels.h"
+#include "matmul_codes.h"
+#include "matmul_rows.h"
+#include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
 

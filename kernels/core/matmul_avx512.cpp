@@ -1,4 +1,4 @@
-// Products by AVX-512F; see matmul_kernels.h.
+// Products by AVX-512F; see matmul_codes.h.
 
 #include <string.h>
 
@@ -20,11 +20,16 @@
 namespace matmul {
 namespace {
 
-constexpr int rows_together(int bits, int batch) { return bits > 4 || batch > 2 ? 4 : 8; }  // as registers suffice
+// As registers suffice.
+constexpr int rows_together(int bits, int batch) { return bits == 6 ? 2 : bits > 4 ? (batch == 1 ? 4 : 2) : batch == 1 ? 8 : 4; }
+constexpr int groups_together(int batch) { return batch == 1 ? 16 : batch == 2 ? 8 : 4; }
+constexpr int FEW = 8;  // rows of activations that codes are looked up for each time
 constexpr int MANY_ROWS = 4, MANY_BATCH = 6;  // of the tiles of sums for many rows of activations
 
 #include "matmul_avx512.h"
-#include "matmul_kernels.h"
+#include "matmul_codes.h"
+#include "matmul_rows.h"
+#include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
 

@@ -17,9 +17,8 @@
 template <template <int, int> class Values, int BITS>
 void rows_by_batch(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, int batch,
                    float* y) {
-  if (batch == 1) return rows_of_width<Values, BITS, 1>(p, s, begin, end, x, batch, y);
-  if (batch == 2) return rows_of_width<Values, BITS, 2>(p, s, begin, end, x, batch, y);
-  if (batch <= 4) return rows_of_width<Values, BITS, 4>(p, s, begin, end, x, batch, y);
+  if (batch == 1) return rows_for_one<Values, BITS>(p, s, begin, end, x, y);
+  if (batch <= FEW) return rows_for_few<Values, BITS>(p, s, begin, end, x, batch, y);
   rows_for_many<Values, BITS>(p, s, begin, end, x, batch, y);
 }
 
@@ -32,9 +31,10 @@ void rows_of_bits(const Packed& p, const Section& s, uint32_t begin, uint32_t en
 
 template <int BITS>
 void columns_of_bits(const Packed& p, const Section& s, uint32_t half, const float* x, int batch, float* sums) {
-  if (batch == 1) return columns_of_width<BITS, 1>(p, s, half, x, sums);
-  if (batch == 2) return columns_of_width<BITS, 2>(p, s, half, x, sums);
-  columns_for_many<BITS>(p, s, half, x, batch, sums);
+  if (batch > FEW) return columns_for_many<BITS>(p, s, half, x, batch, sums);
+  with_fours(batch, [&](auto some, int b) INLINE_LAMBDA {
+    columns_of_width<BITS, some.value>(p, s, half, x + b * x_stride(p), sums + b * HALF_UNIT);
+  });
 }
 
 void rows(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, int batch, float* y) {

@@ -1,5 +1,5 @@
 // Products with many rows of activations: codes become floats that stay in the first cache, and tiles of sums stay in
-// registers. See matmul_kernels.h.
+// registers. See matmul_codes.h.
 #pragma once
 
 constexpr int STEP_COLUMNS = 32;  // that are decoded at once where columns have codebooks
@@ -36,11 +36,6 @@ void outer(const float* w, int columns, const float* x, size_t x_row, float* sum
   store_sums(sum, sums, LANES, HALF_UNIT);
 }
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 // Calls function(integral constant) for a number of 1..MANY_BATCH.
 template <int N = MANY_BATCH, class Function>
 INLINE void with_batch(int batch, Function function) {
@@ -67,7 +62,9 @@ int decode_rows(const Packed& p, const Section& s, const uint8_t* codes, int til
     };
     if (u < s.units) {
       for (int step = 0; step < STEPS<BITS>; ++step) {
-        each_index<BITS, 0, STEP_GROUPS<BITS>>(unit + r * LINE, stride, step, put);
+        Codes<BITS> some;
+        some.load(unit + r * LINE, stride, step);
+        UNROLL for (int i = 0; i < STEP_GROUPS<BITS>; ++i) put(some.index(i), step * STEP_GROUPS<BITS> + i);
       }
       continue;
     }
@@ -93,13 +90,14 @@ void rows_for_many(const Packed& p, const Section& s, uint32_t begin, uint32_t e
     const uint8_t* codes = p.at<uint8_t>(s.codes) + row * s.channel_bytes();
     memset(sums, 0, tile * r_sum * sizeof(float));
     for (uint32_t u = 0; u < s.units + (s.chunks > 0); ++u) {
+      fetch_ahead<BITS>(codes, tile, u, AHEAD_OF_FEW);
       const int columns = decode_rows<Values, BITS>(p, s, codes, tile, row, u, w);
       for (int b = 0; b < batch; b += MANY_BATCH) {
         with_batch(batch - b < MANY_BATCH ? batch - b : MANY_BATCH, [&](auto some) INLINE_LAMBDA {
-          const float* from = x + b * padded(p) + u * UNIT;
-          if (tile == 1) return dots<1, some.value>(w, columns, from, padded(p), sums + b * LANES, r_sum);
+          const float* from = x + b * x_stride(p) + u * UNIT;
+          if (tile == 1) return dots<1, some.value>(w, columns, from, x_stride(p), sums + b * LANES, r_sum);
           for (int r = 0; r < TILE; r += MANY_ROWS) {
-            dots<MANY_ROWS, some.value>(w + r * UNIT, columns, from, padded(p), sums + r * r_sum + b * LANES, r_sum);
+            dots<MANY_ROWS, some.value>(w + r * UNIT, columns, from, x_stride(p), sums + r * r_sum + b * LANES, r_sum);
           }
         });
       }
@@ -115,14 +113,15 @@ void rows_for_many(const Packed& p, const Section& s, uint32_t begin, uint32_t e
 
 // Columns first..first+count-1 in FP32, out [count][HALF_UNIT]: their codes for half a unit of rows, or what chunks
 // there are in its place; how many groups that is.
-template <int BITS, int HALF>
-int decode_columns(const Packed& p, const Section& s, uint32_t unit, uint32_t first, int count, float* out) {
-  using Of = Half<BITS, HALF>;
+template <int BITS>
+int decode_columns(const Packed& p, const Section& s, uint32_t half, uint32_t first, int count, float* out) {
+  constexpr int steps = STEPS<BITS> / 2;
+  const uint32_t unit = half / 2, begin = half % 2 * steps;
   const size_t stride = static_cast<size_t>(LINE) * s.count;
   const auto* base = p.at<uint8_t>(s.codes);
   const auto* entries = p.at<uint16_t>(s.tables) + first * table_entries(BITS);
   const uint8_t* codes = base + unit * unit_bytes(BITS) * s.count + first * LINE;
-  const uint32_t chunk = (unit - s.units) * UNIT / CHUNK + HALF * HALF_UNIT / CHUNK;
+  const uint32_t chunk = (unit - s.units) * UNIT / CHUNK + half % 2 * HALF_UNIT / CHUNK;
   const bool whole = unit < s.units;
   const int left = whole || chunk > s.chunks ? 0 : static_cast<int>(s.chunks - chunk);
   const int chunks = left < HALF_UNIT / CHUNK ? left : HALF_UNIT / CHUNK;
@@ -130,10 +129,12 @@ int decode_columns(const Packed& p, const Section& s, uint32_t unit, uint32_t fi
   for (int k = 0; k < count; ++k, out += HALF_UNIT) {
     Table<BITS> table;
     load_table<BITS>(entries + k * table_entries(BITS), &table);
-    for (int step = Of::begin; whole && step < Of::begin + Of::steps; ++step) {
-      each_index<BITS, Of::from, Of::to>(codes + k * LINE, stride, step, [&](Ints index, int group) INLINE_LAMBDA {
-        store(out + (group - HALF * GROUPS / 2) * LANES, lookup(table, index));
-      });
+    for (int step = 0; whole && step < steps; ++step) {
+      Codes<BITS> some;
+      some.load(codes + k * LINE, stride, begin + step);
+      UNROLL for (int i = 0; i < STEP_GROUPS<BITS>; ++i) {
+        store(out + (step * STEP_GROUPS<BITS> + i) * LANES, lookup(table, some.index(i)));
+      }
     }
     for (int c = 0; c < chunks; ++c) {
       const uint8_t* at = tail + (static_cast<size_t>(c) * s.count + first + k) * chunk_bytes(BITS);
@@ -150,13 +151,12 @@ void columns_for_many(const Packed& p, const Section& s, uint32_t half, const fl
   alignas(LINE) float w[STEP_COLUMNS * HALF_UNIT];
   for (uint32_t first = 0; first < s.count; first += STEP_COLUMNS) {
     const int count = static_cast<int>(s.count - first < STEP_COLUMNS ? s.count - first : STEP_COLUMNS);
-    const auto decode = half % 2 ? decode_columns<BITS, 1> : decode_columns<BITS, 0>;
-    const int groups = decode(p, s, half / 2, first, count, w);
+    const int groups = decode_columns<BITS>(p, s, half, first, count, w);
     for (int b = 0; b < batch; b += MANY_BATCH) {
       with_batch(batch - b < MANY_BATCH ? batch - b : MANY_BATCH, [&](auto some) INLINE_LAMBDA {
-        const float* from = x + b * padded(p) + first;
+        const float* from = x + b * x_stride(p) + first;
         for (int g = 0; g < groups; g += MANY_ROWS) {  // groups are fours or more
-          outer<MANY_ROWS, some.value>(w + g * LANES, count, from, padded(p), sums + b * HALF_UNIT + g * LANES);
+          outer<MANY_ROWS, some.value>(w + g * LANES, count, from, x_stride(p), sums + b * HALF_UNIT + g * LANES);
         }
       });
     }

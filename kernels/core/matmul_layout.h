@@ -75,10 +75,12 @@ constexpr uint64_t MAGIC = 0x31766d7174616d71;
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // Floats of a row of prepared activations, padded with zeros: codes of the padding count nothing.
-inline size_t padded(const Packed& p) { return round_up(p.cols, UNIT); }
+// Floats from one row of prepared activations to the next: a unit and a line more than whole pages of a cache's way, so
+// that the same columns of several rows do not compete for one place in it.
+inline size_t x_stride(const Packed& p) { return ((p.cols + UNIT - 1) / UNIT | 1) * UNIT + LANES; }
 
-// The inner loops for one set of instructions. x: prepared activations [batch][padded], of columns in their sorted
-// order from the section's first on; batch 1..MOST_BATCH, and of 3 rows there is a fourth to read.
+// The inner loops for one set of instructions. x: prepared activations [batch][x_stride], of columns in their sorted
+// order from the section's first on; batch 1..MOST_BATCH, and where it lacks one to fours there is one more to read.
 struct Kernels {
   // The rows begin..end-1 of a section, begin the first of a tile, into y [batch][rows].
   void (*rows)(const Packed&, const Section&, uint32_t begin, uint32_t end, const float* x, int batch, float* y);

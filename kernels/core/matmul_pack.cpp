@@ -100,24 +100,29 @@ uint32_t number_of(const Packed& p, const Section& s, uint32_t channel) {
   return low;
 }
 
-// An outlier is kept as what it differs from the value beneath it, which the product counts as well.
+// An outlier is kept as what it differs from the value beneath it, which the product counts as well; rows in the order
+// in which the product comes to them.
 void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section* const* section_of, char* base) {
   auto* indptr = reinterpret_cast<uint32_t*>(base + p.indptr);
   auto* index = reinterpret_cast<uint32_t*>(base + p.index);
   auto* delta = reinterpret_cast<float*>(base + p.delta);
-  std::memcpy(indptr, m.outlier_indptr, (m.rows + 1) * sizeof(uint32_t));
-  for (uint32_t row = 0; row < m.rows; ++row) {
-    for (uint32_t i = indptr[row]; i < indptr[row + 1]; ++i) {
+  const auto* order = p.at<uint32_t>(p.order);
+  uint32_t put = 0;
+  for (uint32_t place = 0; place < m.rows; ++place) {
+    const uint32_t row = m.axis ? place : order[place];
+    indptr[place] = put;
+    for (uint32_t i = m.outlier_indptr[row]; i < m.outlier_indptr[row + 1]; ++i, ++put) {
       const uint32_t column = outlier_column(m, i), channel = m.axis ? column : row;
       const Section& s = *section_of[m.bits[channel]];
       const uint32_t number = number_of(p, s, channel);
       const uint32_t code = s.bits ? read_code(s, place_of(s, number, base + s.codes, m.axis), m.axis ? row : column) : 0;
       const float entry = from_half(p.at<uint16_t>(s.tables)[number * table_entries(s.bits) + code]);
       const float scale = m.input_scale ? from_half(m.input_scale[column]) : 1.0f;
-      index[i] = column;
-      delta[i] = from_half(m.outlier_value[i]) - entry * scale;
+      index[put] = column;
+      delta[put] = from_half(m.outlier_value[i]) - entry * scale;
     }
   }
+  indptr[m.rows] = put;
 }
 
 }  // namespace

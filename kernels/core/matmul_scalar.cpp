@@ -1,4 +1,4 @@
-// Products for any processor; see matmul_kernels.h.
+// Products for any processor; see matmul_codes.h.
 
 #include <string.h>
 
@@ -13,10 +13,14 @@ namespace matmul {
 namespace {
 
 constexpr int rows_together(int, int) { return 1; }
+constexpr int groups_together(int) { return 4; }
+constexpr int FEW = 4;  // rows of activations that codes are looked up for each time
 constexpr int MANY_ROWS = 1, MANY_BATCH = 1;  // of the tiles of sums for many rows of activations
 
 #include "matmul_scalar.h"
-#include "matmul_kernels.h"
+#include "matmul_codes.h"
+#include "matmul_rows.h"
+#include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
 
