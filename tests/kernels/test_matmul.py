@@ -79,7 +79,7 @@ def test_every_width_shape_and_axis(shape: tuple[int, int], axis: int, widths: s
     for scaled, outliers in ((False, 0), (True, min(shape[0] * shape[1], 40))):
         tensor = matrix(shape, axis, bits, scaled=scaled, outliers=outliers)
         packed = PackedMatrix(tensor)
-        for batch in (1, 2, 3, 4, 5, 9):
+        for batch in (1, 2, 3, 4, 6, 7, 9):
             x = activations(batch, shape[1])
             for level in levels():
                 assert error(packed.multiply(x, parts=1 + batch % 3, level=level), x, tensor) < 1e-6
