@@ -103,7 +103,9 @@ def _chapter(chapter: Chapter) -> list[str]:
     parts += _missing(chapter.records)
     verdicts = judge.verdicts()
     parts.append(f"Targets, {sum(each.passed for each in verdicts)} of {len(verdicts)} met:")
-    parts.append(_table(["target", "measured", ""], [[v.target, v.found or DASH, v.outcome] for v in verdicts], 3))
+    parts.append(_table(["target", "measured", ""], [[v.target, v.found, v.outcome] for v in verdicts if v.found], 3))
+    if unknown := [verdict.target for verdict in verdicts if not verdict.found]:
+        parts.append(f"Not measured here: {'; '.join(unknown)}.")
     return parts
 
 
