@@ -24,7 +24,7 @@ def contenders(model: Model, shapes: Mapping[str, Shape], note: Callable[[str], 
         note: told who is missing, and why.
     """
     found = [Contender.uniform(peer) for peer in _grids()]
-    # In the order of GPTQ's own code; as it is by default where a paper compares with that, else with ranges searched too.
+    # In the order of GPTQ's own code: as by default where a paper compares with that, else with ranges searched too.
     ordered = [gptq(bits, group, clipped=True) for bits in WIDTHS for group in (GROUP, None)]
     found += [Contender.uniform(peer, sequential=True) for peer in [*ordered, gptq(3, None, clipped=False)]]
     if half_quadratic.available():
