@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -115,7 +116,7 @@ MATERIALS = {
         on_request=True,
     ),
 }
-if _OLD_ONNXRUNTIME:
+if _OLD_ONNXRUNTIME and platform.machine() == "x86_64":
     MATERIALS["onnxruntime-1.20"] = Material(
         Wheel("onnxruntime==1.20.1", _OLD_ONNXRUNTIME), "", _OLD_ONNXRUNTIME, kept_as="onnxruntime-1.20.1.whl"
     )

@@ -1,6 +1,6 @@
 """Opening an exported model in ONNX Runtime, with our kernels for the operators that ONNX Runtime does not have.
 
-``libanyquant_onnxruntime`` (kernels/onnxruntime) is one file for ONNX Runtime 1.17 and later. Without it the functions
+``libanyquant_onnxruntime`` (kernels/onnxruntime) is one file for ONNX Runtime 1.20 and later. Without it the functions
 in the model compute the same.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from anyquant.errors import CorruptFileError, InputError, MachineError, MissingDependency
+from anyquant.errors import CorruptFileError, InputError, MachineError, MissingDependency, UsageError
 from anyquant.runtime import native
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "libanyquant_onnxruntime.so"
 CPU = "CPUExecutionProvider"
+Provider = str | tuple[str, dict[str, Any]]
 _OPERATOR = b"CodebookMatMul"
 
 
@@ -46,9 +47,9 @@ def operators() -> Path:
 
 
 def operators_beside(file: Path) -> Path | None:
-    """The library that was exported with a model, or None.
+    """The installed library, where a model was exported with it, or None.
 
-    It is run only if it is the installed one, byte for byte: a folder may come from anywhere.
+    What lies beside a model is compared with it byte for byte, and not run: a folder may come from anywhere.
 
     Raises:
         InputError: it is another one.
@@ -57,19 +58,33 @@ def operators_beside(file: Path) -> Path | None:
     beside = file.with_name(LIBRARY)
     if not beside.exists():
         return None
-    if beside.read_bytes() != operators().read_bytes():
+    installed = operators()
+    same = beside.is_file() and beside.stat().st_size == installed.stat().st_size
+    if not same or beside.read_bytes() != installed.read_bytes():
         raise InputError(
             f"{beside} is not the library of this anyquant, and is not run. Export the model again, or remove the "
-            "file: the functions in the model compute the same."
+            "file, and custom_ops_library from genai_config.json: the functions in the model compute the same."
         )
-    return beside
+    return installed
+
+
+def register(options: onnxruntime.SessionOptions, library: Path) -> None:
+    """Let sessions with these options have the operators.
+
+    Raises:
+        MachineError: ONNX Runtime cannot load the library.
+    """
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise MachineError(f"ONNX Runtime cannot load {library}: {error}") from None
 
 
 def onnx_session(
     folder: str | Path,
     options: onnxruntime.SessionOptions | None = None,
     *,
-    providers: Sequence[str] = (CPU,),
+    providers: Sequence[Provider] = (CPU,),
 ) -> onnxruntime.InferenceSession:
     """Open a folder that ``anyquant export onnx`` wrote, or a file in one, in ONNX Runtime.
 
@@ -78,11 +93,13 @@ def onnx_session(
 
     Args:
         folder: the folder, or a file that ends in .onnx.
-        options: of the session; the library is registered in them.
-        providers: of the session.
+        options: of this session and no other, as the library is registered in them.
+        providers: of the session; names, or pairs of a name and options.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
+        UsageError: another session has these options, or no provider is named.
+        MachineError: ONNX Runtime cannot load the library.
         InputError: there is no such folder, or ONNX Runtime refuses it.
         CorruptFileError: it holds no model.
     """
@@ -93,27 +110,34 @@ def onnx_session(
     path = Path(folder)
     if not path.exists():
         raise InputError(f"there is no {path}")
-    file = path if path.suffix == ".onnx" else model_file(path)
+    file = path if path.is_file() else model_file(path)
     options = options or ort.SessionOptions()
-    if providers[0] == CPU and _OPERATOR in file.read_bytes():
-        try:
-            options.register_custom_ops_library(str(operators()))
-        except MachineError as error:
-            warnings.warn(f"{file} runs without our kernels: {error}", RuntimeWarning, stacklevel=2)
+    if not providers:
+        raise UsageError(f"no execution provider is named for {file}; the CPU's is {CPU}")
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if first == CPU and _OPERATOR in file.read_bytes():
+        if native.path_of(LIBRARY) is None:
+            reason = native.missing(LIBRARY)
+            warnings.warn(f"{file} runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)
+        else:
+            register(options, operators())
     return open_session(file, options, providers)
 
 
 def open_session(
-    file: Path, options: onnxruntime.SessionOptions, providers: Sequence[str] = (CPU,)
+    file: Path, options: onnxruntime.SessionOptions, providers: Sequence[Provider] = (CPU,)
 ) -> onnxruntime.InferenceSession:
-    """A session with these options and no others.
+    """A session with these options, as they are.
 
     Raises:
         InputError: ONNX Runtime refuses the file.
+        UsageError: operators are registered twice in the options.
     """
     import onnxruntime as ort
 
     try:
         return ort.InferenceSession(str(file), options, providers=list(providers))
     except Exception as error:
+        if "already set in registry" in str(error):
+            raise UsageError(f"these options have been used for a session before {file}: make new ones") from None
         raise InputError(f"ONNX Runtime {ort.__version__} cannot load {file}: {error}") from None

@@ -88,6 +88,7 @@ def _check(stored: Stored, channels: int, length: int) -> None:
     _require(rows >= max(1, needed), f"{rows} planes for {needed} bits")
     entries = int((1 << stored.bits.astype(np.int64)).sum())
     _require(len(stored.codebook) == entries, f"{len(stored.codebook)} codebook entries, the widths call for {entries}")
+    _require(bool(np.isfinite(stored.codebook).all()), "a codebook entry is not finite")
 
 
 def _decode(stored: Stored, channels: int, length: int) -> NDArray[np.float32]:

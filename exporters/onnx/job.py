@@ -220,8 +220,18 @@ def _notes(
     called: Container[str],
 ) -> list[str]:
     notes = layout.notes_on(model, stored, options)
-    if options.with_runtime and MATMUL not in called:
-        notes.append("ONNX Runtime has kernels for all that this model needs, so that none are put beside it.")
+    if options.with_runtime and MATMUL in called:
+        notes.append(
+            "The library beside the model multiplies with codebook matrices as they are stored, on Linux with x86-64; "
+            "elsewhere onnxruntime-genai opens the folder without custom_ops_library in genai_config.json."
+        )
+    elif options.with_runtime:
+        notes.append("No product of this model needs the library, so that none is put beside it.")
+    elif MATMUL in called:
+        notes.append(
+            "--with-runtime puts a library beside the model, for ONNX Runtime on the CPU, that multiplies with "
+            "codebook matrices as they are stored."
+        )
     missing = [name for name in model.entries if name not in readable]
     if missing:
         notes.append(

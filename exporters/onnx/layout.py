@@ -160,13 +160,6 @@ def notes_on(model: ir.Model, stored: Mapping[str, Stored], options: ExportOptio
     specs = [form.spec for form in forms if isinstance(form, CodebookForm)]
     if specs:
         notes.append(_on_codebooks(specs, options.fallback))
-        if options.with_runtime:
-            notes.append("Where the library beside the model is loaded, it multiplies with them as they are stored.")
-        else:
-            notes.append(
-                "--with-runtime puts a library beside the model, for ONNX Runtime on the CPU, that multiplies with "
-                "them as they are stored."
-            )
     return notes
 
 

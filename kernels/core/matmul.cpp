@@ -62,7 +62,7 @@ void add_outliers(const Packed& p, uint32_t place, uint32_t row, const float* x,
   for (size_t b = 0; b < batch; ++b, x += p.cols, y += p.rows) {
     float sums[4] = {};  // one after the other would wait for each sum
     uint32_t i = begin;
-    for (; i + 4 <= end; i += 4) {
+    for (; end - i >= 4; i += 4) {
       for (int j = 0; j < 4; ++j) sums[j] += delta[i + j] * x[index[i + j]];
     }
     for (; i < end; ++i) sums[0] += delta[i] * x[index[i]];

@@ -12,7 +12,7 @@ void some_groups(const Packed& p, const Section& s, const uint8_t* codes, int st
   const auto* entries = p.at<uint16_t>(s.tables);
   Floats sum[COUNT][BATCH];
   load_sums(sums, LANES, HALF_UNIT, sum);
-  for (uint32_t k = 0; k < s.count; ++k) {
+  for (size_t k = 0; k < s.count; ++k) {
     Table<BITS> table;
     load_table<BITS>(entries + k * table_entries(BITS), &table);
     Floats factor[BATCH];

@@ -120,7 +120,7 @@ int decode_columns(const Packed& p, const Section& s, uint32_t half, uint32_t fi
   const size_t stride = static_cast<size_t>(LINE) * s.count;
   const auto* base = p.at<uint8_t>(s.codes);
   const auto* entries = p.at<uint16_t>(s.tables) + first * table_entries(BITS);
-  const uint8_t* codes = base + unit * unit_bytes(BITS) * s.count + first * LINE;
+  const uint8_t* codes = base + unit * unit_bytes(BITS) * s.count + static_cast<size_t>(first) * LINE;
   const uint32_t chunk = (unit - s.units) * UNIT / CHUNK + half % 2 * HALF_UNIT / CHUNK;
   const bool whole = unit < s.units;
   const int left = whole || chunk > s.chunks ? 0 : static_cast<int>(s.chunks - chunk);

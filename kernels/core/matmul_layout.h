@@ -74,9 +74,8 @@ constexpr uint64_t MAGIC = 0x31766d7174616d71;
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// Floats of a row of prepared activations, padded with zeros: codes of the padding count nothing.
-// Floats from one row of prepared activations to the next: a unit and a line more than whole pages of a cache's way, so
-// that the same columns of several rows do not compete for one place in it.
+// Floats from one row of prepared activations to the next. They are padded with zeros to a whole unit, as codes of the
+// padding count nothing; and then by what keeps the same columns of several rows from one place in a cache.
 inline size_t x_stride(const Packed& p) { return ((p.cols + UNIT - 1) / UNIT | 1) * UNIT + LANES; }
 
 // The inner loops for one set of instructions. x: prepared activations [batch][x_stride], of columns in their sorted

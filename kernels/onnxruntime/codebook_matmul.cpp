@@ -64,7 +64,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   size_t rank = 0;
   ORT_TRY(sides_of(api, given, sides, &rank));
   if (rank < 1 || rank > MOST_RANK || sides[rank - 1] != matrix.inputs) {
-    return api.CreateStatus(ORT_INVALID_ARGUMENT, "anyquant CodebookMatMul: the last dimension of A is not K");
+    return api.CreateStatus(ORT_INVALID_ARGUMENT,
+                            "anyquant CodebookMatMul: A has more than 16 dimensions, or the last dimension of A is not K");
   }
   Product product = {};
   product.batch = 1;

@@ -192,6 +192,9 @@ OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatri
   REQUIRE(plane_rows >= 1 && plane_rows >= census.planes, "%zu planes for %zu bits", plane_rows, census.planes);
   REQUIRE(codebook.count == census.entries, "%zu codebook entries, the widths call for %zu", codebook.count,
           census.entries);
+  for (size_t i = 0; i < codebook.count; ++i) {  // padding is multiplied with entries, too
+    REQUIRE((codebook.as<uint16_t>()[i] & 0x7c00) != 0x7c00, "codebook entry %zu is not finite", i);
+  }
   ORT_TRY(read_scale(api, info, &matrix));
   ORT_TRY(read_outliers(api, info, &matrix));
   ORT_TRY(read_bias(api, info, result));

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError, MissingDependency
-from anyquant.runtime.onnx_session import model_file, open_session, operators_beside
+from anyquant.runtime.onnx_session import model_file, open_session, operators_beside, register
 from anyquant.validation.runners.protocol import check_ids
 
 _TYPES: dict[str, Any] = {
@@ -35,7 +35,7 @@ class OnnxRuntimeRunner:
         Raises:
             MissingDependency: onnxruntime is not installed.
             InputError: no such file, ONNX Runtime refuses it, or a library lies beside it that is not ours.
-            MachineError: a library lies beside it, and this installation has none.
+            MachineError: a library lies beside it, and this installation has none, or one that cannot be loaded.
         """
         try:
             import onnxruntime as ort
@@ -54,7 +54,7 @@ class OnnxRuntimeRunner:
         # What was exported is what is run: with our kernels if they are part of it.
         library = operators_beside(self._file)
         if library:
-            options.register_custom_ops_library(str(library))
+            register(options, library)
             self.runtime += " with our kernels"
         self._session = open_session(self._file, options)
         self._inputs = {node.name: node for node in self._session.get_inputs()}

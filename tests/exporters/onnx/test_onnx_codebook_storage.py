@@ -102,6 +102,7 @@ def _one(array: np.ndarray, index: int, value: int) -> np.ndarray:
         (lambda s: {"planes": s.planes[:, :1]}, "planes of 1 bytes for channels of 12"),
         (lambda s: {"planes": s.planes.reshape(-1)}, "planes has the shape"),
         (lambda s: {"codebook": s.codebook[:-1]}, "codebook entries, the widths call for"),
+        (lambda s: {"codebook": np.append(s.codebook[:-1], np.float16(np.nan))}, "a codebook entry is not finite"),
         (lambda s: {"codebook": s.codebook.astype(np.float32)}, "codebook is float32"),
         (lambda s: {"scale": s.scale[:-1]}, "input_scale has the shape"),
         (lambda s: {"scale": np.full(1, 2, np.float16)}, "input_scale has the shape"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def test_sessions_at_the_same_time(codebook_of: Make, model_of: ModelOf) -> None
         assert error(run.run(None, {"given": x})[0], x, tensor, np.zeros(1)) < 1e-6
 
 
+def test_one_session_from_several_threads(codebook_of: Make, model_of: ModelOf) -> None:
+    tensor = codebook_of((700, 600), 0, np.arange(700) % 5, outliers=300)
+    run = session(model_of(tensor, "fold"), threads=2)
+    xs = [np.random.default_rng(i).normal(size=(1, 1 + i % 9, 600)).astype(np.float32) for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda x: run.run(None, {"given": x})[0], xs))
+    assert max(error(y, x, tensor, np.zeros(1)) for x, y in zip(xs, results, strict=True)) < 2e-6
+
+
 @pytest.mark.parametrize("leading", [(0, 3), (2, 0)])
 def test_no_activations_have_no_products(codebook_of: Make, model_of: ModelOf, leading: tuple[int, int]) -> None:
     run = session(model_of(codebook_of((13, 24), 0, np.arange(13) % 5), "fold"))
@@ -121,6 +131,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "planes": ({"planes": np.zeros((11, 3), u1)}, "11 planes for 12 bits"),
     "flat planes": ({"planes": np.zeros(36, u1)}, "planes has 1 dimensions, not 2"),
     "codebook": ({"codebook": np.zeros(23, f2)}, "23 codebook entries, the widths call for 24"),
+    "infinity": ({"codebook": np.r_[np.zeros(23), np.inf].astype(f2)}, "codebook entry 23 is not finite"),
     "scale": ({"input_scale": np.ones(19, f2)}, "input_scale has 19 elements for 20 inputs"),
     "one scale": ({"input_scale": np.full(1, 2, f2)}, "input_scale has 1 elements for 20 inputs"),
     "pointers": ({"outlier_indptr": np.zeros(6, u4)}, "outlier_indptr has 6 elements for 6 rows"),

@@ -12,7 +12,7 @@ import pytest
 
 import anyquant
 from anyquant import ir
-from anyquant.errors import CorruptFileError, InputError, MachineError
+from anyquant.errors import CorruptFileError, InputError, MachineError, UsageError
 from anyquant.exporters.onnx import ONNXExporter
 from anyquant.exporters.protocol import ExportOptions
 from anyquant.runtime import native
@@ -72,7 +72,7 @@ def test_models_without_codebooks_need_none(export_tiny: Export) -> None:
     exported = export_tiny(lambda name: "bfp4/32" if "_proj" in name else "", WITH)
     assert not (exported.folder / LIBRARY).exists()
     assert "custom_ops_library" not in _config(exported.folder)
-    assert any("kernels for all that this model needs" in note for note in exported.plan.notes)
+    assert any("none is put beside it" in note for note in exported.plan.notes)
 
 
 @needs_library
@@ -96,6 +96,12 @@ def test_onnx_session_runs_the_kernels(
     assert np.abs(found - logits_of(exported)[1]).max() <= 1e-3
     again = anyquant.onnx_session(exported.folder / "model.onnx").run(["logits"], feeds)[0]
     assert np.array_equal(again, found)
+    with_pairs = anyquant.onnx_session(exported.folder, providers=[("CPUExecutionProvider", {})])
+    assert np.array_equal(with_pairs.run(["logits"], feeds)[0], found)
+    with pytest.raises(UsageError, match="these options have been used for a session before"):
+        anyquant.onnx_session(exported.folder, options)
+    with pytest.raises(UsageError, match="no execution provider is named"):
+        anyquant.onnx_session(exported.folder, providers=())
 
 
 @needs_library
@@ -123,6 +129,19 @@ def test_a_library_that_is_not_ours_is_not_run(folder: Path) -> None:
     with pytest.raises(InputError, match=f"{LIBRARY} is not the library of this anyquant, and is not run"):
         OnnxRuntimeRunner("ONNX", folder, threads=2)
     anyquant.onnx_session(folder)  # takes the installed one
+    (folder / LIBRARY).unlink()
+    (folder / LIBRARY).mkdir()
+    with pytest.raises(InputError, match="is not the library of this anyquant"):
+        OnnxRuntimeRunner("ONNX", folder, threads=2)
+    folder = folder.rename(folder.with_name("model.onnx"))  # the name says nothing
+    anyquant.onnx_session(folder)
+
+
+def test_a_library_that_cannot_be_loaded(exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LIBRARY).write_bytes(b"not a library")
+    monkeypatch.setattr(native, "path_of", lambda name: tmp_path / name)
+    with pytest.raises(MachineError, match=f"ONNX Runtime cannot load .*{LIBRARY}"):
+        anyquant.onnx_session(exported.folder)
 
 
 @needs_library
@@ -191,7 +210,10 @@ def test_smollm2(real_skim: RealSkim, real: Path, real_text: Path) -> None:
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 
     genai = pytest.importorskip("onnxruntime_genai")
+    maps, beside = Path("/proc/self/maps"), f"{real / LIBRARY}\n"
+    assert beside not in maps.read_text()  # the runner has the installed one
     network = genai.Model(str(real))
+    assert beside in maps.read_text()
     parameters = genai.GeneratorParams(network)
     parameters.set_search_options(max_length=64, do_sample=False)
     generator = genai.Generator(network, parameters)
