@@ -55,14 +55,15 @@ def in_onnxruntime(folder: Path, tokens: int, threads: int) -> float:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = anyquant.onnx_session(folder, options)
-    past = {node.name: node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")}
+    past = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values.")]
+    sizes = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    shape = (1, sizes["num_key_value_heads"], 0, sizes["head_size"])
     outputs = ["logits", *(name.replace("past_key_values.", "present.") for name in past)]
     known = {node.name for node in session.get_inputs()}
     prompt = _prompt(folder)
 
     def write(count: int) -> None:
-        empty = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in past.items()}
-        cache = {name: ort.OrtValue.ortvalue_from_numpy(values) for name, values in empty.items()}
+        cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in past}
         step, length = np.array([prompt]), 0
         for _ in range(count):
             length += step.shape[1]
@@ -135,7 +136,9 @@ def prepare(work: Path, model: str, bits: list[str]) -> list[tuple[str, str, Pat
     """Make what is not there yet: (runtime, label, folder) of all that is run."""
 
     def run(*command: str) -> None:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
     anyquant = str(Path(sys.executable).with_name("anyquant"))
     for each in bits:
