@@ -33,6 +33,7 @@ class Product:
 
     Attributes:
         name: of its row.
+        side: of the matrix.
         operator: and its domain.
         arrays: constant inputs after the first, in order.
         attributes: of the node.
@@ -40,6 +41,7 @@ class Product:
     """
 
     name: str
+    side: int
     operator: tuple[str, str]
     arrays: Sequence[np.ndarray]
     attributes: dict[str, int]
@@ -58,7 +60,7 @@ def codebook(name: str, side: int, axis: int, widths: Sequence[int], outliers: f
     arrays = NEUTRAL | stored_arrays(tensor)
     stored = [*(arrays[suffix] for suffix in STORED), np.zeros(1, np.float32)]
     sizes = {"K": side, "N": side, "transB": 1 - axis}
-    return Product(name, (MATMUL, DOMAIN), stored, sizes, [matmul_function(21, "fold", steps_for([tensor.spec]))])
+    return Product(name, side, (MATMUL, DOMAIN), stored, sizes, [matmul_function(21, "fold", steps_for([tensor.spec]))])
 
 
 def affine(name: str, side: int, level: int) -> Product:
@@ -67,13 +69,13 @@ def affine(name: str, side: int, level: int) -> Product:
     codes = rng.integers(0, 256, (side, blocks, BLOCK // 2), dtype=np.uint8)
     scales = rng.uniform(0.001, 0.002, side * blocks).astype(np.float32)
     sizes = {"K": side, "N": side, "bits": 4, "block_size": BLOCK, "accuracy_level": level}
-    return Product(name, ("MatMulNBits", "com.microsoft"), [codes, scales], sizes)
+    return Product(name, side, ("MatMulNBits", "com.microsoft"), [codes, scales], sizes)
 
 
 def dense(side: int) -> Product:
     """ONNX Runtime's product in FP32."""
     weights = np.random.default_rng(0).standard_normal((side, side), np.float32) / np.float32(side**0.5)
-    return Product("MatMul, FP32", ("MatMul", ""), [weights], {})
+    return Product("MatMul, FP32", side, ("MatMul", ""), [weights], {})
 
 
 def chain(product: Product, copies: int) -> onnx.ModelProto:
@@ -90,7 +92,7 @@ def chain(product: Product, copies: int) -> onnx.ModelProto:
         node = helper.make_node(operator, [f"x{i}", *names], [f"x{i + 1}"], domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in product.attributes.items())
         nodes.append(node)
-    shape = ["rows", product.arrays[0].shape[0] if product.operator[0] == "MatMul" else product.attributes["K"]]
+    shape = ["rows", product.side]
     given, result = (
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x0", f"x{copies}")
     )

@@ -80,35 +80,20 @@ int decode_rows(const Packed& p, const Section& s, const uint8_t* codes, int til
 template <template <int, int> class Values, int BITS>
 void rows_for_many(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, int batch,
                    float* y) {
-  const auto* order = p.at<uint32_t>(p.order) + s.first;
-  const uint32_t whole = s.count / TILE * TILE;
   alignas(LINE) float w[TILE * UNIT];
-  alignas(LINE) float sums[TILE * MOST_BATCH * LANES];
-  const size_t r_sum = static_cast<size_t>(batch) * LANES;
-  for (uint32_t row = begin; row < end;) {
-    const int tile = row < whole ? TILE : 1;
-    const uint8_t* codes = p.at<uint8_t>(s.codes) + row * s.channel_bytes();
-    memset(sums, 0, tile * r_sum * sizeof(float));
-    for (uint32_t u = 0; u < s.units + (s.chunks > 0); ++u) {
-      fetch_ahead<BITS>(codes, tile, u, AHEAD_OF_FEW);
-      const int columns = decode_rows<Values, BITS>(p, s, codes, tile, row, u, w);
-      for (int b = 0; b < batch; b += MANY_BATCH) {
-        with_batch(batch - b < MANY_BATCH ? batch - b : MANY_BATCH, [&](auto some) INLINE_LAMBDA {
-          const float* from = x + b * x_stride(p) + u * UNIT;
-          if (tile == 1) return dots<1, some.value>(w, columns, from, x_stride(p), sums + b * LANES, r_sum);
-          for (int r = 0; r < TILE; r += MANY_ROWS) {
-            dots<MANY_ROWS, some.value>(w + r * UNIT, columns, from, x_stride(p), sums + r * r_sum + b * LANES, r_sum);
-          }
-        });
-      }
+  const auto add = [&](const uint8_t* codes, int tile, uint32_t row, uint32_t u, float* sums, size_t r_sum) {
+    const int columns = decode_rows<Values, BITS>(p, s, codes, tile, row, u, w);
+    for (int b = 0; b < batch; b += MANY_BATCH) {
+      with_batch(batch - b < MANY_BATCH ? batch - b : MANY_BATCH, [&](auto some) INLINE_LAMBDA {
+        const float* from = x + b * x_stride(p) + u * UNIT;
+        if (tile == 1) return dots<1, some.value>(w, columns, from, x_stride(p), sums + b * LANES, r_sum);
+        for (int r = 0; r < TILE; r += MANY_ROWS) {
+          dots<MANY_ROWS, some.value>(w + r * UNIT, columns, from, x_stride(p), sums + r * r_sum + b * LANES, r_sum);
+        }
+      });
     }
-    for (int r = 0; r < tile; ++r) {
-      for (int b = 0; b < batch; ++b) {
-        y[static_cast<size_t>(b) * p.rows + order[row + r]] = sum(load(sums + r * r_sum + b * LANES));
-      }
-    }
-    row += tile;
-  }
+  };
+  tile_by_tile<BITS, MOST_BATCH>(p, s, begin, end, batch, y, add);
 }
 
 // Columns first..first+count-1 in FP32, out [count][HALF_UNIT]: their codes for half a unit of rows, or what chunks

@@ -27,8 +27,12 @@ constexpr int LANES = 16, GROUPS = 32, UNIT = LANES * GROUPS, CHUNK_GROUPS = 4, 
 constexpr int LINE = 64;  // bytes of a word of all lanes
 constexpr int TILE = 8;
 constexpr int MOST_BITS = 8;
+constexpr uint64_t MOST_SIDE = 0x7fffffff;
 constexpr int MOST_BATCH = 66;  // rows of activations that one pass over the codes serves
 constexpr int HALF_UNIT = UNIT / 2;  // rows that are done together where columns have codebooks
+
+// Of a channel's codes outside of here.
+inline size_t stream_bytes(uint64_t length, int bits) { return length / 8 * bits + (length % 8 * bits + 7) / 8; }
 
 constexpr int stored_bits(int bits) { return bits == 7 ? 8 : bits; }
 constexpr size_t unit_bytes(int bits) { return static_cast<size_t>(LINE) * stored_bits(bits); }

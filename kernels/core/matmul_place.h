@@ -9,10 +9,6 @@
 namespace matmul {
 namespace {
 
-constexpr uint64_t MOST_SIDE = 0x7fffffff;
-
-inline size_t stream_bytes(uint64_t length, int bits) { return length / 8 * bits + (length % 8 * bits + 7) / 8; }
-
 // Gives out what comes after the header, each at the border of a cache line.
 struct Room {
   uint64_t end = round_up(sizeof(Packed), LINE);

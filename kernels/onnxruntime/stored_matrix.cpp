@@ -8,12 +8,11 @@
 #include <string.h>
 
 #include "anyquant_matmul.h"
+#include "matmul_layout.h"
+
+using matmul::LINE, matmul::MOST_BITS, matmul::MOST_SIDE, matmul::round_up, matmul::stream_bytes;
 
 namespace {
-
-constexpr size_t LINE = 64;
-constexpr int64_t MOST_SIDE = INT32_MAX;
-constexpr int MOST_BITS = 8;
 
 enum Input { ACTIVATIONS, BITS, PLANES, CODEBOOK, SCALE, INDPTR, INDEX, VALUE, BIAS };
 constexpr const char* NAMES[] = {"A",           "bits",           "planes",        "codebook",
@@ -61,8 +60,6 @@ OrtStatus* read_array(const OrtApi& api, const OrtKernelInfo* info, Input input,
   array->data = data;
   return nullptr;
 }
-
-size_t stream_bytes(size_t length, int bits) { return (length * bits + 7) / 8; }
 
 // Bit planes of a channel to its bit stream: of 8 elements the planes hold a byte each, the stream as many bytes.
 void write_stream(const uint8_t* planes, size_t plane_bytes, int bits, size_t length, uint8_t* stream) {
@@ -147,7 +144,7 @@ Memory::~Memory() { free(data_); }
 
 bool Memory::reserve(size_t bytes) {
   free(data_);
-  data_ = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+  data_ = aligned_alloc(LINE, round_up(bytes, LINE));
   return data_ || !bytes;
 }
 
@@ -170,8 +167,9 @@ OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatri
   ORT_TRY(api.KernelInfoGetAttribute_int64(info, "K", &result->inputs));
   ORT_TRY(api.KernelInfoGetAttribute_int64(info, "N", &result->outputs));
   ORT_TRY(api.KernelInfoGetAttribute_int64(info, "transB", &by_output));
-  REQUIRE(result->inputs >= 1 && result->inputs <= MOST_SIDE, "K is %lld", static_cast<long long>(result->inputs));
-  REQUIRE(result->outputs >= 1 && result->outputs <= MOST_SIDE, "N is %lld", static_cast<long long>(result->outputs));
+  const auto is_side = [](int64_t n) { return n >= 1 && static_cast<uint64_t>(n) <= MOST_SIDE; };
+  REQUIRE(is_side(result->inputs), "K is %lld", static_cast<long long>(result->inputs));
+  REQUIRE(is_side(result->outputs), "N is %lld", static_cast<long long>(result->outputs));
   REQUIRE(by_output == 0 || by_output == 1, "transB is %lld", static_cast<long long>(by_output));
   aq_codebook_matrix matrix = {};
   matrix.rows = static_cast<uint64_t>(result->outputs);
