@@ -4,7 +4,7 @@
 
 Every matrix comes in as many copies as fill --rotate bytes, and each call takes the next one, so that weights come from
 memory and not from a cache, as they do in a model. Codes are random: time does not depend on them. Absolute times mean
-little on a shared machine; ratios are of the same run.
+little on a shared machine; ratios are of the same run. With ANYQUANT_CPU=avx2 in the environment we do without AVX-512.
 """
 
 from __future__ import annotations

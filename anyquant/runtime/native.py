@@ -35,7 +35,7 @@ _FUNCTIONS: dict[str, list[type]] = {
     "aq_matmul_pack": [ctypes.c_void_p, *_BUFFER],
     "aq_matmul_pack_blocks": [ctypes.c_void_p, *_BUFFER],
     "aq_matmul_prepare": [ctypes.c_void_p, ctypes.c_void_p, _SIZE, *_BUFFER],
-    "aq_matmul_run": [*[ctypes.c_void_p] * 2, _SIZE, *[ctypes.c_void_p] * 2, _SIZE, _SIZE, _BITS],
+    "aq_matmul_run": [ctypes.c_void_p, _SIZE, *[ctypes.c_void_p] * 2, _SIZE, _SIZE, _BITS],
     "aq_matmul": [*[ctypes.c_void_p] * 2, _SIZE, *_BUFFER, ctypes.c_void_p, _SIZE],
     "aq_matmul_level": [],
 }

@@ -136,8 +136,7 @@ class PackedMatrix:
         )  # fmt: skip
         for part in range(parts):
             native.call(
-                "aq_matmul_run", about, packed, x.ctypes.data, len(x), workspace.ctypes.data, y.ctypes.data, part,
-                parts, level,
+                "aq_matmul_run", about, packed, len(x), workspace.ctypes.data, y.ctypes.data, part, parts, level
             )  # fmt: skip
         return y
 

@@ -6,7 +6,7 @@
  *     bytes = aq_matmul_bytes(&matrix)                        0: the matrix is not a valid one
  *     aq_matmul_pack(&matrix, packed, bytes)                  or aq_matmul_block_bytes, aq_matmul_pack_blocks
  *     aq_matmul_prepare(packed, x, batch, workspace, size)    size >= aq_matmul_workspace(packed, batch)
- *     aq_matmul_run(packed, x, batch, workspace, y, part, parts, 0)    for each part in 0..parts-1
+ *     aq_matmul_run(packed, batch, workspace, y, part, parts, 0)       for each part in 0..parts-1
  *
  * The layout depends on the version of this library and belongs into no file. Which part computes a row changes
  * nothing in its sum: results do not depend on parts. */
@@ -81,12 +81,13 @@ AQ_API int aq_matmul_prepare(const void* packed, const float* x, size_t batch, v
 #define AQ_LEVEL_AVX2 2   /* with FMA and F16C */
 #define AQ_LEVEL_AVX512 3 /* F */
 
-/* The best level that can run here. */
+/* The best level that can run here; at most AVX2, or scalar, where the environment variable ANYQUANT_CPU is "avx2" or
+ * "scalar" when the library is loaded. */
 AQ_API int aq_matmul_level(void);
 
 /* y: batch * rows, C order: x times the transposed matrix. Writes the rows of this part alone. */
-AQ_API int aq_matmul_run(const void* packed, const float* x, size_t batch, const void* workspace, float* y, size_t part,
-                         size_t parts, int level);
+AQ_API int aq_matmul_run(const void* packed, size_t batch, const void* workspace, float* y, size_t part, size_t parts,
+                         int level);
 
 /* All of that, in so many threads: those that the library keeps, of which the first such call makes as many as it needs,
  * and this one. While they are at work for another call this thread does it alone. */

@@ -1,11 +1,13 @@
 // Products with packed matrices: preparation, the work of one part, and which instructions do it; see
 // anyquant_matmul.h.
 
+#include <cstdlib>
 #include <cstring>
 
 #include "anyquant_matmul.h"
 #include "half.h"
 #include "matmul_layout.h"
+#include "matmul_outliers.h"
 #include "pool.h"
 
 using namespace matmul;
@@ -17,15 +19,32 @@ const Packed* packed_at(const void* packed) {
   return p && reinterpret_cast<uintptr_t>(p) % LINE == 0 && p->magic == MAGIC ? p : nullptr;
 }
 
-// Workspace: [batch][x_stride] of activations, and one more where the last pass lacks one to fours; then for each of them what channels
-// without codes add to every row (columns), or the sum that they are multiplied with (rows).
-size_t prepared_rows(size_t batch) { return batch + (batch % MOST_BATCH % 4 == 3); }
+// Workspace: [batch][x_stride] of activations, and one more where the last pass lacks one to fours; then for each of them
+// what channels without codes add to every row (columns), or the sum that they are multiplied with (rows).
+size_t prepared_rows(const Packed& p, size_t batch) {
+  return batch + (batch % (p.axis ? MOST_OF_COLUMNS : MOST_OF_ROWS) % 4 == 3);
+}
+
+int find_level() {
+#if VECTOR_UNITS
+  __builtin_cpu_init();
+  const char* most = std::getenv("ANYQUANT_CPU");
+  if (most && !std::strcmp(most, "scalar")) return AQ_LEVEL_SCALAR;
+  if (__builtin_cpu_supports("avx512f") && !(most && !std::strcmp(most, "avx2"))) return AQ_LEVEL_AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return AQ_LEVEL_AVX2;
+  }
+#endif
+  return AQ_LEVEL_SCALAR;
+}
+
+const int best_level = find_level();
 
 const Kernels* kernels_of(int level) {
-  if (level == AQ_LEVEL_BEST) level = aq_matmul_level();
+  if (level == AQ_LEVEL_BEST) level = best_level;
 #if VECTOR_UNITS
-  if (level == AQ_LEVEL_AVX512 && aq_matmul_level() >= AQ_LEVEL_AVX512) return &avx512_kernels;
-  if (level == AQ_LEVEL_AVX2 && aq_matmul_level() >= AQ_LEVEL_AVX2) return &avx2_kernels;
+  if (level == AQ_LEVEL_AVX512 && best_level >= AQ_LEVEL_AVX512) return &avx512_kernels;
+  if (level == AQ_LEVEL_AVX2 && best_level >= AQ_LEVEL_AVX2) return &avx2_kernels;
 #endif
   return level == AQ_LEVEL_SCALAR ? &scalar_kernels : nullptr;
 }
@@ -53,84 +72,84 @@ Border border(const Packed& p, size_t part, size_t parts) {
   return {p.sections, 0};
 }
 
-// Of the row in this place: of the sorted ones where rows have codebooks.
-void add_outliers(const Packed& p, uint32_t place, uint32_t row, const float* x, size_t batch, float* y) {
-  const auto* indptr = p.at<uint32_t>(p.indptr);
-  const auto* index = p.at<uint32_t>(p.index);
-  const auto* delta = p.at<float>(p.delta);
-  const uint32_t begin = indptr[place], end = indptr[place + 1];
-  for (size_t b = 0; b < batch; ++b, x += p.cols, y += p.rows) {
+// Of the sorted row in this place. x: prepared activations.
+void add_outliers_of_row(const Packed& p, uint32_t place, const float* x, int batch, float* y) {
+  const Outliers outliers(p);
+  const uint32_t begin = outliers.indptr[place], end = outliers.indptr[place + 1];
+  const uint32_t row = p.at<uint32_t>(p.order)[place];
+  for (int b = 0; b < batch; ++b, x += x_stride(p), y += p.rows) {
     float sums[4] = {};  // one after the other would wait for each sum
     uint32_t i = begin;
     for (; end - i >= 4; i += 4) {
-      for (int j = 0; j < 4; ++j) sums[j] += delta[i + j] * x[index[i + j]];
+      for (int j = 0; j < 4; ++j) sums[j] += outliers.delta[i + j] * x[outliers.index[i + j]];
     }
-    for (; i < end; ++i) sums[0] += delta[i] * x[index[i]];
+    for (; i < end; ++i) sums[0] += outliers.delta[i] * x[outliers.index[i]];
     y[row] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 }
 
-void run_rows(const Packed& p, const Kernels& kernels, const float* x, size_t batch, const float* prepared,
-              const float* constants, float* y, size_t part, size_t parts) {
-  const Border from = border(p, part, parts), to = border(p, part + 1, parts);
-  const auto* order = p.at<uint32_t>(p.order);
-  for (int i = from.section; i < p.sections && i <= to.section; ++i) {
-    const Section& s = p.section[i];
-    const uint32_t begin = i == from.section ? from.row : 0, end = i == to.section ? to.row : s.count;
-    for (size_t b = 0; b < batch; b += MOST_BATCH) {
-      const int some = static_cast<int>(batch - b < MOST_BATCH ? batch - b : MOST_BATCH);
-      float* out = y + b * p.rows;
-      if (s.bits) {
-        kernels.rows(p, s, begin, end, prepared + b * x_stride(p), some, out);
-        continue;
-      }
-      for (uint32_t row = begin; row < end; ++row) {
-        const float value = from_half(p.at<uint16_t>(s.tables)[row]);
-        for (int j = 0; j < some; ++j) out[static_cast<size_t>(j) * p.rows + order[s.first + row]] = value * constants[b + j];
-      }
-    }
-    if (!p.outliers) continue;
-    for (uint32_t i = s.first + begin; i < s.first + end; ++i) add_outliers(p, i, order[i], x, batch, y);
+// Of the columns of a section, in one half of a unit of rows; sums [batch][HALF_UNIT].
+void add_outliers_of_columns(const Packed& p, const Section& s, uint32_t half, const float* x, int batch, float* sums) {
+  const Outliers outliers(p);
+  const uint32_t begin = outliers.from(half, s.first), end = outliers.from(half, s.first + s.count);
+  for (int b = 0; b < batch; ++b, x += x_stride(p), sums += HALF_UNIT) {
+    for (uint32_t i = begin; i < end; ++i) sums[outliers.row[i]] += outliers.delta[i] * x[outliers.index[i]];
   }
 }
 
-void run_columns(const Packed& p, const Kernels& kernels, const float* x, size_t batch, const float* prepared,
-                 const float* constants, float* y, size_t part, size_t parts) {
-  const size_t halves = (static_cast<size_t>(p.rows) + HALF_UNIT - 1) / HALF_UNIT;
+void run_rows(const Packed& p, const Kernels& kernels, const float* x, size_t batch, const float* constants, float* y,
+              size_t part, size_t parts) {
+  const Border from = border(p, part, parts), to = border(p, part + 1, parts);
+  const auto* order = p.at<uint32_t>(p.order);
+  for (size_t b = 0; b < batch; b += MOST_OF_ROWS) {
+    const int some = static_cast<int>(batch - b < MOST_OF_ROWS ? batch - b : MOST_OF_ROWS);
+    const float* in = x + b * x_stride(p);
+    float* out = y + b * p.rows;
+    for (int i = from.section; i < p.sections && i <= to.section; ++i) {
+      const Section& s = p.section[i];
+      const uint32_t begin = i == from.section ? from.row : 0, end = i == to.section ? to.row : s.count;
+      if (s.bits) kernels.rows(p, s, begin, end, in, some, out);
+      for (uint32_t row = begin; !s.bits && row < end; ++row) {
+        const float value = from_half(p.at<uint16_t>(s.tables)[row]);
+        float* to = out + order[s.first + row];
+        for (int j = 0; j < some; ++j) to[static_cast<size_t>(j) * p.rows] = value * constants[b + j];
+      }
+      if (!p.outliers || (s.bits && some > FEW)) continue;
+      for (uint32_t row = begin; row < end; ++row) add_outliers_of_row(p, s.first + row, in, some, out);
+    }
+  }
+}
+
+void run_columns(const Packed& p, const Kernels& kernels, const float* x, size_t batch, const float* constants, float* y,
+                 size_t part, size_t parts) {
+  const size_t halves = half_units(p);
   for (size_t half = halves * part / parts; half < halves * (part + 1) / parts; ++half) {
     const size_t first = half * HALF_UNIT, count = p.rows - first < HALF_UNIT ? p.rows - first : HALF_UNIT;
-    for (size_t b = 0; b < batch; b += MOST_BATCH) {
-      const int some = static_cast<int>(batch - b < MOST_BATCH ? batch - b : MOST_BATCH);
-      alignas(LINE) float sums[MOST_BATCH * HALF_UNIT];
+    for (size_t b = 0; b < batch; b += MOST_OF_COLUMNS) {
+      const int some = static_cast<int>(batch - b < MOST_OF_COLUMNS ? batch - b : MOST_OF_COLUMNS);
+      const float* in = x + b * x_stride(p);
+      alignas(LINE) float sums[MOST_OF_COLUMNS * HALF_UNIT];
       for (int j = 0; j < some; ++j) {
         for (int i = 0; i < HALF_UNIT; ++i) sums[j * HALF_UNIT + i] = constants[b + j];
       }
       for (int i = 0; i < p.sections; ++i) {
         const Section& s = p.section[i];
-        if (s.bits) kernels.columns(p, s, static_cast<uint32_t>(half), prepared + b * x_stride(p) + s.first, some, sums);
+        if (s.bits) kernels.columns(p, s, static_cast<uint32_t>(half), in + s.first, some, sums);
+        if (!p.outliers || (s.bits && some > FEW)) continue;
+        add_outliers_of_columns(p, s, static_cast<uint32_t>(half), in, some, sums);
       }
       for (int j = 0; j < some; ++j) std::memcpy(y + (b + j) * p.rows + first, sums + j * HALF_UNIT, count * sizeof(float));
     }
-    if (!p.outliers) continue;
-    for (auto row = static_cast<uint32_t>(first); row < first + count; ++row) add_outliers(p, row, row, x, batch, y);
   }
 }
 
 }  // namespace
 
-extern "C" int aq_matmul_level(void) {
-#if VECTOR_UNITS
-  if (__builtin_cpu_supports("avx512f")) return AQ_LEVEL_AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return AQ_LEVEL_AVX2;
-  }
-#endif
-  return AQ_LEVEL_SCALAR;
-}
+extern "C" int aq_matmul_level(void) { return best_level; }
 
 extern "C" size_t aq_matmul_workspace(const void* packed, size_t batch) {
   const Packed* p = packed_at(packed);
-  return p ? prepared_rows(batch) * (x_stride(*p) + 1) * sizeof(float) : 0;
+  return p ? prepared_rows(*p, batch) * (x_stride(*p) + 1) * sizeof(float) : 0;
 }
 
 extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace,
@@ -141,7 +160,7 @@ extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batc
   if (!x || !workspace || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
   if (workspace_len < aq_matmul_workspace(packed, batch)) return AQ_BAD_LENGTH;
   auto* rows = static_cast<float*>(workspace);
-  float* constants = rows + prepared_rows(batch) * x_stride(*p);
+  float* constants = rows + prepared_rows(*p, batch) * x_stride(*p);
   const auto* order = p->at<uint32_t>(p->order);
   const auto* scale = p->scale ? p->at<float>(p->scale) : nullptr;
   const Section& least = p->section[0];
@@ -161,16 +180,16 @@ extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batc
   return AQ_OK;
 }
 
-extern "C" int aq_matmul_run(const void* packed, const float* x, size_t batch, const void* workspace, float* y,
-                             size_t part, size_t parts, int level) {
+extern "C" int aq_matmul_run(const void* packed, size_t batch, const void* workspace, float* y, size_t part,
+                             size_t parts, int level) {
   const Packed* p = packed_at(packed);
-  if (!p || !parts || part >= parts || (batch && (!x || !workspace || !y))) return AQ_BAD_ARGUMENT;
+  if (!p || !parts || part >= parts || (batch && (!workspace || !y))) return AQ_BAD_ARGUMENT;
   const Kernels* kernels = kernels_of(level);
   if (!kernels) return level < AQ_LEVEL_BEST || level > AQ_LEVEL_AVX512 ? AQ_BAD_ARGUMENT : AQ_UNSUPPORTED;
-  const auto* prepared = static_cast<const float*>(workspace);
-  const float* constants = prepared + prepared_rows(batch) * x_stride(*p);
+  const auto* x = static_cast<const float*>(workspace);
+  const float* constants = x + prepared_rows(*p, batch) * x_stride(*p);
   const auto run = p->axis ? run_columns : run_rows;
-  run(*p, *kernels, x, batch, prepared, constants, y, part, parts);
+  run(*p, *kernels, x, batch, constants, y, part, parts);
   return AQ_OK;
 }
 
@@ -181,15 +200,14 @@ extern "C" int aq_matmul(const void* packed, const float* x, size_t batch, void*
   if (status != AQ_OK) return status;
   struct Product {
     const void* packed;
-    const float* x;
     size_t batch;
     const void* workspace;
     float* y;
-  } product = {packed, x, batch, workspace, y};
+  } product = {packed, batch, workspace, y};
   run_in_parts(
       [](void* argument, size_t part, size_t parts) {
         const auto* p = static_cast<const Product*>(argument);
-        aq_matmul_run(p->packed, p->x, p->batch, p->workspace, p->y, part, parts, AQ_LEVEL_BEST);
+        aq_matmul_run(p->packed, p->batch, p->workspace, p->y, part, parts, AQ_LEVEL_BEST);
       },
       &product, threads);
   return AQ_OK;

@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "matmul_layout.h"
+#include "matmul_outliers.h"
 
 #if VECTOR_UNITS
 #include <immintrin.h>
@@ -20,7 +21,6 @@ namespace {
 // As registers suffice.
 constexpr int rows_together(int, int batch) { return batch > 1 ? 1 : 2; }
 constexpr int groups_together(int) { return 4; }
-constexpr int FEW = 8;  // rows of activations that codes are looked up for each time
 constexpr int MANY_ROWS = 2, MANY_BATCH = 2;  // of the tiles of sums for many rows of activations
 
 #include "matmul_avx2.h"

@@ -25,6 +25,33 @@ INLINE float sum(Floats a) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
+// Eight times eight.
+INLINE void transpose_eighth(const float* from, size_t row, float* to, size_t column) {
+  __m256 a[8], b[8];
+  UNROLL for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * row);
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) {  // a[i + j]: column j of each four
+    UNROLL for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+      a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+    }
+  }
+  UNROLL for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(to + j * column, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(to + (4 + j) * column, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
+}
+
+// Sixteen vectors that are `row` floats apart become their columns, `column` floats apart.
+INLINE void transpose(const float* from, size_t row, float* to, size_t column) {
+  for (int i = 0; i < LANES; i += 8) {
+    for (int j = 0; j < LANES; j += 8) transpose_eighth(from + i * row + j, row, to + j * column + i, column);
+  }
+}
+
 INLINE Ints operator>>(Ints a, int by) { return {_mm256_srli_epi32(a.low, by), _mm256_srli_epi32(a.high, by)}; }
 INLINE Ints operator<<(Ints a, int by) { return {_mm256_slli_epi32(a.low, by), _mm256_slli_epi32(a.high, by)}; }
 INLINE Ints words(const void* from) {

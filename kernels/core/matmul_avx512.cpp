@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "matmul_layout.h"
+#include "matmul_outliers.h"
 
 #if VECTOR_UNITS
 // GCC 12 takes what its own header leaves undefined on purpose for a mistake.
@@ -23,7 +24,6 @@ namespace {
 // As registers suffice.
 constexpr int rows_together(int bits, int batch) { return bits == 6 ? 2 : bits > 4 ? (batch == 1 ? 4 : 2) : batch == 1 ? 8 : 4; }
 constexpr int groups_together(int batch) { return batch == 1 ? 16 : batch == 2 ? 8 : 4; }
-constexpr int FEW = 8;  // rows of activations that codes are looked up for each time
 constexpr int MANY_ROWS = 4, MANY_BATCH = 6;  // of the tiles of sums for many rows of activations
 
 #include "matmul_avx512.h"

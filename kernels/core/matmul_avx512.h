@@ -11,6 +11,30 @@ INLINE Floats spread(float a) { return _mm512_set1_ps(a); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 
+// Sixteen vectors that are `row` floats apart become their columns, `column` floats apart.
+INLINE void transpose(const float* from, size_t row, float* to, size_t column) {
+  __m512 a[LANES], b[LANES];
+  UNROLL for (int i = 0; i < LANES; ++i) a[i] = load(from + i * row);
+  UNROLL for (int i = 0; i < LANES; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  UNROLL for (int i = 0; i < LANES; i += 4) {  // a[i + j]: column j of each four
+    UNROLL for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+      a[i + 2 * j + 1] = _mm512_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+    }
+  }
+  UNROLL for (int j = 0; j < 4; ++j) {
+    const __m512 low = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd), above = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    store(to + j * column, _mm512_shuffle_f32x4(low, high, 0x88));
+    store(to + (4 + j) * column, _mm512_shuffle_f32x4(odd, above, 0x88));
+    store(to + (8 + j) * column, _mm512_shuffle_f32x4(low, high, 0xdd));
+    store(to + (12 + j) * column, _mm512_shuffle_f32x4(odd, above, 0xdd));
+  }
+}
+
 INLINE Ints words(const void* from) { return (Ints)_mm512_loadu_si512(from); }
 INLINE Ints halves(const void* from) {
   return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));

@@ -84,7 +84,7 @@ struct Codebooks {
     const uint16_t* entries = p.at<uint16_t>(s.tables) + row * table_entries(BITS);
     UNROLL for (int r = 0; r < ROWS; ++r) load_table<BITS>(entries + r * table_entries(BITS), &table[r]);
   }
-  INLINE void begin(uint32_t) {}
+  INLINE void begin(uint32_t, int, int) {}
   INLINE Floats value(int r, Ints index, int) const { return lookup(table[r], index); }
 };
 
@@ -99,13 +99,14 @@ struct Scaled {
   INLINE Scaled(const Packed& p, const Section&, uint32_t row) : p(p), row(row) {
     load_table<BITS>(p.at<float>(p.blocks.table), &table);
   }
-  // Of the groups of a unit, or of the chunks that are left.
-  INLINE void begin(uint32_t unit) {
+  // Of groups group..group+count-1 of a unit, or of the chunks that are left.
+  INLINE void begin(uint32_t unit, int group, int count) {
     const Blocks& of = p.blocks;
     const uint32_t per_block = of.block / LANES, first = unit * (UNIT / of.block);
+    const uint32_t begin = group / per_block, end = (group + count + per_block - 1) / per_block;
     for (int r = 0; r < ROWS; ++r) {
       const size_t start = static_cast<size_t>(row + r) * of.blocks;
-      for (uint32_t i = 0; i < GROUPS / per_block && first + i < of.blocks; ++i) {
+      for (uint32_t i = begin; i < end && first + i < of.blocks; ++i) {
         const uint16_t bits = p.at<uint16_t>(of.scales)[start + first + i];
         const float by = of.bfloat ? from_bfloat(bits) : from_half(bits);
         const float zero = of.zeros ? p.at<uint8_t>(of.zeros)[start + first + i] : 0;

@@ -1,31 +1,25 @@
 // Products with many rows of activations: codes become floats that stay in the first cache, and tiles of sums stay in
-// registers. See matmul_codes.h.
+// registers, of which the lanes are rows of the matrix. See matmul_codes.h.
 #pragma once
 
-constexpr int STEP_COLUMNS = 32;  // that are decoded at once where columns have codebooks
-
-// Adds to sums [ROWS][BATCH] of vectors, r_sum and LANES floats apart, the products of w [ROWS][UNIT] and x, lane by lane.
-template <int ROWS, int BATCH>
-void dots(const float* w, int columns, const float* x, size_t x_row, float* sums, size_t r_sum) {
-  Floats sum[ROWS][BATCH];
-  load_sums(sums, r_sum, LANES, sum);
-  for (int k = 0; k < columns; k += LANES) {
-    Floats value[ROWS];
-    UNROLL for (int r = 0; r < ROWS; ++r) value[r] = load(w + r * UNIT + k);
-    UNROLL for (int b = 0; b < BATCH; ++b) {
-      const Floats factor = load(x + b * x_row + k);
-      UNROLL for (int r = 0; r < ROWS; ++r) sum[r][b] = fma(value[r], factor, sum[r][b]);
-    }
+// Calls function(integral constant) for n, or for MOST if it is more.
+template <int MOST, class Function>
+INLINE void with_most(int n, Function function) {
+  if constexpr (MOST == 1) {
+    function(Constant<1>());
+  } else if (n >= MOST) {
+    function(Constant<MOST>());
+  } else {
+    with_most<MOST - 1>(n, function);
   }
-  store_sums(sum, sums, r_sum, LANES);
 }
 
-// Adds to sums [BATCH][HALF_UNIT], of which COUNT groups are done, the products of w [columns][HALF_UNIT] and x.
-template <int COUNT, int BATCH>
+// Adds to sums [BATCH][STRIDE], of which COUNT groups are done, the products of w [columns][STRIDE] and x.
+template <int STRIDE, int COUNT, int BATCH>
 void outer(const float* w, int columns, const float* x, size_t x_row, float* sums) {
   Floats sum[COUNT][BATCH];
-  load_sums(sums, LANES, HALF_UNIT, sum);
-  for (int k = 0; k < columns; ++k, w += HALF_UNIT) {
+  load_sums(sums, LANES, STRIDE, sum);
+  for (int k = 0; k < columns; ++k, w += STRIDE) {
     Floats value[COUNT];
     UNROLL for (int g = 0; g < COUNT; ++g) value[g] = load(w + g * LANES);
     UNROLL for (int b = 0; b < BATCH; ++b) {
@@ -33,68 +27,86 @@ void outer(const float* w, int columns, const float* x, size_t x_row, float* sum
       UNROLL for (int g = 0; g < COUNT; ++g) sum[g][b] = fma(value[g], factor, sum[g][b]);
     }
   }
-  store_sums(sum, sums, LANES, HALF_UNIT);
+  store_sums(sum, sums, LANES, STRIDE);
 }
 
-// Calls function(integral constant) for a number of 1..MANY_BATCH.
-template <int N = MANY_BATCH, class Function>
-INLINE void with_batch(int batch, Function function) {
-  if constexpr (N == 1) {
-    function(Constant<1>());
-  } else if (batch == N) {
-    function(Constant<N>());
-  } else {
-    with_batch<N - 1>(batch, function);
-  }
-}
-
-// Rows of a tile in FP32, out [tile][UNIT]: the columns of unit u, or from units on, of the chunks; how many they are.
-template <template <int, int> class Values, int BITS>
-int decode_rows(const Packed& p, const Section& s, const uint8_t* codes, int tile, uint32_t row, uint32_t u,
-                float* out) {
-  const size_t stride = static_cast<size_t>(LINE) * tile;
-  const uint8_t* unit = codes + u * unit_bytes(BITS) * tile;
-  for (int r = 0; r < tile; ++r, out += UNIT) {
-    Values<BITS, 1> values(p, s, row + r);
-    values.begin(u);
-    const auto put = [&](Ints index, int group) INLINE_LAMBDA {
-      store(out + group * LANES, values.value(0, index, group));
-    };
-    if (u < s.units) {
-      for (int step = 0; step < STEPS<BITS>; ++step) {
-        Codes<BITS> some;
-        some.load(unit + r * LINE, stride, step);
-        UNROLL for (int i = 0; i < STEP_GROUPS<BITS>; ++i) put(some.index(i), step * STEP_GROUPS<BITS> + i);
+// The same for so many groups and rows of activations.
+template <int STRIDE>
+void outers(const float* w, int groups, int columns, const float* x, size_t x_row, int batch, float* sums) {
+  for (int b = 0; b < batch; b += MANY_BATCH) {
+    with_most<MANY_BATCH>(batch - b, [&](auto some) INLINE_LAMBDA {
+      for (int g = 0; g < groups; g += MANY_ROWS) {
+        with_most<MANY_ROWS>(groups - g, [&](auto count) INLINE_LAMBDA {
+          outer<STRIDE, count.value, some.value>(w + g * LANES, columns, x + b * x_row, x_row,
+                                                 sums + b * STRIDE + g * LANES);
+        });
       }
-      continue;
-    }
-    for (uint32_t c = 0; c < s.chunks; ++c) {
-      each_chunk_index<BITS>(unit + (c * tile + r) * chunk_bytes(BITS), [&](Ints index, int group) INLINE_LAMBDA {
-        put(index, c * CHUNK_GROUPS + group);
-      });
-    }
+    });
   }
-  return u < s.units ? UNIT : static_cast<int>(s.chunks) * CHUNK;
 }
 
+// Row `row` of a section in FP32: of unit u the groups of a step, or where there are no more units, of a chunk; how many
+// columns that is. Asks for the codes of the next unit.
+template <template <int, int> class Values, int BITS>
+INLINE int decode_row(const Packed& p, const Section& s, uint32_t row, uint32_t u, int step, float* out) {
+  const uint32_t whole = s.count / TILE * TILE, tile = row < whole ? TILE : 1, place = row < whole ? row % TILE : 0;
+  const uint8_t* unit = p.at<uint8_t>(s.codes) + (row - place) * s.channel_bytes() + u * unit_bytes(BITS) * tile;
+  Values<BITS, 1> values(p, s, row);
+  if (u == s.units) {
+    values.begin(u, step * CHUNK_GROUPS, CHUNK_GROUPS);
+    each_chunk_index<BITS>(unit + (step * tile + place) * chunk_bytes(BITS), [&](Ints index, int group) INLINE_LAMBDA {
+      store(out + group * LANES, values.value(0, index, step * CHUNK_GROUPS + group));
+    });
+    return CHUNK;
+  }
+  constexpr int groups = STEP_GROUPS<BITS>, words = stored_bits(BITS);
+  const size_t stride = static_cast<size_t>(LINE) * tile;
+  unit += place * LINE;
+  for (int word = words * step / STEPS<BITS>; word < words * (step + 1) / STEPS<BITS>; ++word) {
+    __builtin_prefetch(unit + (words + word) * stride);
+  }
+  values.begin(u, step * groups, groups);
+  Codes<BITS> some;
+  some.load(unit, stride, step);
+  UNROLL for (int i = 0; i < groups; ++i) store(out + i * LANES, values.value(0, some.index(i), step * groups + i));
+  return groups * LANES;
+}
+
+// The rows begin..end-1 of a section.
 template <template <int, int> class Values, int BITS>
 void rows_for_many(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, int batch,
                    float* y) {
-  alignas(LINE) float w[TILE * UNIT];
-  const auto add = [&](const uint8_t* codes, int tile, uint32_t row, uint32_t u, float* sums, size_t r_sum) {
-    const int columns = decode_rows<Values, BITS>(p, s, codes, tile, row, u, w);
-    for (int b = 0; b < batch; b += MANY_BATCH) {
-      with_batch(batch - b < MANY_BATCH ? batch - b : MANY_BATCH, [&](auto some) INLINE_LAMBDA {
-        const float* from = x + b * x_stride(p) + u * UNIT;
-        if (tile == 1) return dots<1, some.value>(w, columns, from, x_stride(p), sums + b * LANES, r_sum);
-        for (int r = 0; r < TILE; r += MANY_ROWS) {
-          dots<MANY_ROWS, some.value>(w + r * UNIT, columns, from, x_stride(p), sums + r * r_sum + b * LANES, r_sum);
+  constexpr int most = (STEP_GROUPS<BITS> > CHUNK_GROUPS ? STEP_GROUPS<BITS> : CHUNK_GROUPS) * LANES;  // columns
+  const auto* order = p.at<uint32_t>(p.order) + s.first;
+  alignas(LINE) float w[most * BLOCK], lines[LANES * most] = {}, sums[MOST_OF_ROWS * BLOCK];
+  for (uint32_t row = begin; row < end; row += BLOCK) {
+    const int count = end - row < BLOCK ? static_cast<int>(end - row) : BLOCK;
+    uint32_t next[BLOCK];  // outlier of each row
+    for (int r = 0; p.outliers && r < count; ++r) next[r] = Outliers(p).indptr[s.first + row + r];
+    memset(sums, 0, batch * BLOCK * sizeof(float));
+    uint32_t first = 0;
+    for (uint32_t i = 0, columns = 0; i < s.units * STEPS<BITS> + s.chunks; ++i, first += columns) {
+      const uint32_t u = i / STEPS<BITS> < s.units ? i / STEPS<BITS> : s.units;
+      for (int r = 0; r < count; ++r) {
+        columns = decode_row<Values, BITS>(p, s, row + r, u, i - u * STEPS<BITS>, lines + r % LANES * most);
+        if (r % LANES != LANES - 1 && r != count - 1) continue;
+        for (uint32_t k = 0; k < columns; k += LANES) transpose(lines + k, most, w + k * BLOCK + r / LANES * LANES, BLOCK);
+      }
+      for (int r = 0; p.outliers && r < count; ++r) {
+        const Outliers outliers(p);
+        for (; next[r] < outliers.indptr[s.first + row + r + 1] && outliers.index[next[r]] < first + columns; ++next[r]) {
+          w[(outliers.index[next[r]] - first) * BLOCK + r] += outliers.delta[next[r]];
         }
-      });
+      }
+      outers<BLOCK>(w, (count + LANES - 1) / LANES, columns, x + first, x_stride(p), batch, sums);
     }
-  };
-  tile_by_tile<BITS, MOST_BATCH>(p, s, begin, end, batch, y, add);
+    for (int b = 0; b < batch; ++b) {
+      for (int r = 0; r < count; ++r) y[static_cast<size_t>(b) * p.rows + order[row + r]] = sums[b * BLOCK + r];
+    }
+  }
 }
+
+constexpr int STEP_COLUMNS = 32;  // that are decoded at once where columns have codebooks
 
 // Columns first..first+count-1 in FP32, out [count][HALF_UNIT]: their codes for half a unit of rows, or what chunks
 // there are in its place; how many groups that is.
@@ -134,16 +146,15 @@ int decode_columns(const Packed& p, const Section& s, uint32_t half, uint32_t fi
 template <int BITS>
 void columns_for_many(const Packed& p, const Section& s, uint32_t half, const float* x, int batch, float* sums) {
   alignas(LINE) float w[STEP_COLUMNS * HALF_UNIT];
+  const Outliers outliers(p);
+  uint32_t next = p.outliers ? outliers.from(half, s.first) : 0;
   for (uint32_t first = 0; first < s.count; first += STEP_COLUMNS) {
     const int count = static_cast<int>(s.count - first < STEP_COLUMNS ? s.count - first : STEP_COLUMNS);
     const int groups = decode_columns<BITS>(p, s, half, first, count, w);
-    for (int b = 0; b < batch; b += MANY_BATCH) {
-      with_batch(batch - b < MANY_BATCH ? batch - b : MANY_BATCH, [&](auto some) INLINE_LAMBDA {
-        const float* from = x + b * x_stride(p) + first;
-        for (int g = 0; g < groups; g += MANY_ROWS) {  // groups are fours or more
-          outer<MANY_ROWS, some.value>(w + g * LANES, count, from, x_stride(p), sums + b * HALF_UNIT + g * LANES);
-        }
-      });
+    const uint32_t place = s.first + first;
+    for (; p.outliers && next < outliers.indptr[half + 1] && outliers.index[next] < place + count; ++next) {
+      w[(outliers.index[next] - place) * HALF_UNIT + outliers.row[next]] += outliers.delta[next];
     }
+    outers<HALF_UNIT>(w, groups, count, x + first, x_stride(p), batch, sums);
   }
 }

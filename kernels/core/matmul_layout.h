@@ -28,8 +28,10 @@ constexpr int LINE = 64;  // bytes of a word of all lanes
 constexpr int TILE = 8;
 constexpr int MOST_BITS = 8;
 constexpr uint64_t MOST_SIDE = 0x7fffffff;
-constexpr int MOST_BATCH = 66;  // rows of activations that one pass over the codes serves
+constexpr int MOST_OF_ROWS = 132, MOST_OF_COLUMNS = 66;  // rows of activations that one pass over the codes serves
 constexpr int HALF_UNIT = UNIT / 2;  // rows that are done together where columns have codebooks
+constexpr int BLOCK = 4 * LANES;     // the same where rows have, with many rows of activations
+constexpr int FEW = 8;               // rows of activations that are not many yet: codes are looked up for each four
 
 // Of a channel's codes outside of here.
 inline size_t stream_bytes(uint64_t length, int bits) { return length / 8 * bits + (length % 8 * bits + 7) / 8; }
@@ -65,7 +67,7 @@ struct Packed {
   int32_t axis, sections;
   Blocks blocks;
   uint64_t outliers;
-  uint64_t order, scale, indptr, index, delta;  // offsets; 0 for none
+  uint64_t order, scale, indptr, index, delta, outlier_row;  // offsets; 0 for none; see matmul_outliers.h
   Section section[MOST_BITS + 1];
 
   template <class T>
@@ -83,11 +85,12 @@ constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; 
 inline size_t x_stride(const Packed& p) { return ((p.cols + UNIT - 1) / UNIT | 1) * UNIT + LANES; }
 
 // The inner loops for one set of instructions. x: prepared activations [batch][x_stride], of columns in their sorted
-// order from the section's first on; batch 1..MOST_BATCH, and where it lacks one to fours there is one more to read.
+// order from the section's first on; batch 1..MOST_OF_ROWS or MOST_OF_COLUMNS, and where it lacks one to fours there is
+// one more to read. With more than FEW rows of activations they add outliers, too.
 struct Kernels {
   // The rows begin..end-1 of a section, begin the first of a tile, into y [batch][rows].
   void (*rows)(const Packed&, const Section&, uint32_t begin, uint32_t end, const float* x, int batch, float* y);
-  // Adds what a section's columns add to one half of a unit of rows to sums [MOST_BATCH][HALF_UNIT].
+  // Adds what a section's columns add to one half of a unit of rows to sums [batch][HALF_UNIT].
   void (*columns)(const Packed&, const Section&, uint32_t half, const float* x, int batch, float* sums);
 };
 

@@ -1,10 +1,12 @@
 // Repacking of a codebook matrix for products; see anyquant_matmul.h and matmul_layout.h.
 
 #include <cstring>
+#include <utility>
 
 #include "anyquant_matmul.h"
 #include "half.h"
 #include "matmul_layout.h"
+#include "matmul_outliers.h"
 #include "matmul_place.h"
 
 using namespace matmul;
@@ -69,7 +71,8 @@ Packed plan(const aq_codebook_matrix& m, const Census& census) {
   p.order = room(census.channels * sizeof(uint32_t));
   if (m.input_scale) p.scale = room(m.cols * sizeof(float));
   if (p.outliers) {
-    p.indptr = room((m.rows + 1) * sizeof(uint32_t));
+    p.indptr = room(((m.axis ? half_units(p) : m.rows) + 1) * sizeof(uint32_t));
+    if (m.axis) p.outlier_row = room(p.outliers);
     p.index = room(p.outliers * sizeof(uint32_t));
     p.delta = room(p.outliers * sizeof(float));
   }
@@ -100,29 +103,48 @@ uint32_t number_of(const Packed& p, const Section& s, uint32_t channel) {
   return low;
 }
 
-// An outlier is kept as what it differs from the value beneath it, which the product counts as well; rows in the order
-// in which the product comes to them.
+// Puts outliers begin..end-1 into the order of their columns, rows beside them. Shell's sort: they lie in three arrays.
+void sort_by_place(uint32_t* index, float* delta, uint8_t* row, uint32_t begin, uint32_t end) {
+  for (uint32_t gap = (end - begin) / 2; gap; gap /= 2) {
+    for (uint32_t i = begin + gap; i < end; ++i) {
+      for (uint32_t j = i; j >= begin + gap && index[j - gap] > index[j]; j -= gap) {
+        std::swap(index[j], index[j - gap]);
+        std::swap(delta[j], delta[j - gap]);
+        std::swap(row[j], row[j - gap]);
+      }
+    }
+  }
+}
+
+// See matmul_outliers.h.
 void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section* const* section_of, char* base) {
   auto* indptr = reinterpret_cast<uint32_t*>(base + p.indptr);
   auto* index = reinterpret_cast<uint32_t*>(base + p.index);
   auto* delta = reinterpret_cast<float*>(base + p.delta);
+  auto* row_of_half = reinterpret_cast<uint8_t*>(base + p.outlier_row);
+  auto* scale = p.scale ? reinterpret_cast<float*>(base + p.scale) : nullptr;
   const auto* order = p.at<uint32_t>(p.order);
   uint32_t put = 0;
   for (uint32_t place = 0; place < m.rows; ++place) {
     const uint32_t row = m.axis ? place : order[place];
-    indptr[place] = put;
+    if (!m.axis) indptr[place] = put;
+    if (m.axis && row % HALF_UNIT == 0) indptr[row / HALF_UNIT] = put;
     for (uint32_t i = m.outlier_indptr[row]; i < m.outlier_indptr[row + 1]; ++i, ++put) {
       const uint32_t column = outlier_column(m, i), channel = m.axis ? column : row;
       const Section& s = *section_of[m.bits[channel]];
       const uint32_t number = number_of(p, s, channel);
       const uint32_t code = s.bits ? read_code(s, place_of(s, number, base + s.codes, m.axis), m.axis ? row : column) : 0;
       const float entry = from_half(p.at<uint16_t>(s.tables)[number * table_entries(s.bits) + code]);
-      const float scale = m.input_scale ? from_half(m.input_scale[column]) : 1.0f;
-      index[put] = column;
-      delta[put] = from_half(m.outlier_value[i]) - entry * scale;
+      if (scale && scale[column] == 0) scale[column] = SCALE_OF_NOTHING;
+      index[put] = m.axis ? s.first + number : column;
+      delta[put] = from_half(m.outlier_value[i]) / (scale ? scale[column] : 1) - entry;
+      if (m.axis) row_of_half[put] = static_cast<uint8_t>(row % HALF_UNIT);
     }
   }
-  indptr[m.rows] = put;
+  indptr[m.axis ? half_units(p) : m.rows] = put;
+  for (size_t half = 0; m.axis && half < half_units(p); ++half) {
+    sort_by_place(index, delta, row_of_half, indptr[half], indptr[half + 1]);
+  }
 }
 
 }  // namespace

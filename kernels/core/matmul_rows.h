@@ -12,7 +12,7 @@ template <int BITS, int ROWS, int BATCH, class Values>
 INLINE void add_unit(const Section& s, const uint8_t* codes, int tile, int first, uint32_t u, const float* x,
                      size_t x_row, Values* values, Floats (&sums)[ROWS][BATCH]) {
   constexpr int groups = STEP_GROUPS<BITS>;
-  values->begin(u);
+  values->begin(u, 0, GROUPS);
   codes += u * unit_bytes(BITS) * tile;
   if (u < s.units) {
     for (int step = 0; step < STEPS<BITS>; ++step, x += groups * LANES) {
@@ -102,22 +102,28 @@ void unit_of_tile(const Packed& p, const Section& s, const uint8_t* codes, int t
   }
 }
 
-// The rows begin..end-1 of a section, begin the first of a tile, for 2 to MOST rows of activations: tile by tile, and unit
-// by unit, so that its codes stay in a cache while all activations are multiplied with them. add(codes, tile, row, u, sums,
-// r_sum) does so for a unit, or for the chunks after the last; a row's sums are r_sum floats apart, whole fours of vectors.
-template <int BITS, int MOST, class Add>
-INLINE void tile_by_tile(const Packed& p, const Section& s, uint32_t begin, uint32_t end, int batch, float* y, Add add) {
+// For 2 to FEW rows of activations: tile by tile, and unit by unit, so that its codes stay in a cache while all
+// activations are multiplied with them, four at a time.
+template <template <int, int> class Values, int BITS>
+void rows_for_few(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, int batch,
+                  float* y) {
   const size_t r_sum = round_up(batch, 4) * LANES;
   const auto* order = p.at<uint32_t>(p.order) + s.first;
   const uint32_t whole = s.count / TILE * TILE;
-  alignas(LINE) float sums[TILE * round_up(MOST, 4) * LANES];
+  alignas(LINE) float sums[TILE * FEW * LANES];
   for (uint32_t row = begin; row < end;) {
     const int tile = row < whole ? TILE : 1;
     const uint8_t* codes = p.at<uint8_t>(s.codes) + row * s.channel_bytes();
     memset(sums, 0, tile * r_sum * sizeof(float));
     for (uint32_t u = 0; u < s.units + (s.chunks > 0); ++u) {
       fetch_ahead<BITS>(codes, tile, u, AHEAD_OF_FEW);
-      add(codes, tile, row, u, sums, r_sum);
+      with_fours(batch, [&](auto some, int b) INLINE_LAMBDA {
+        constexpr int BATCH = some.value, ROWS = rows_together(BITS, BATCH);
+        const float* from = x + b * x_stride(p) + u * UNIT;
+        float* to = sums + b * LANES;
+        if (tile == 1) return unit_of_tile<Values, BITS, 1, BATCH>(p, s, codes, 1, row, u, from, to, r_sum);
+        unit_of_tile<Values, BITS, ROWS, BATCH>(p, s, codes, TILE, row, u, from, to, r_sum);
+      });
     }
     for (int r = 0; r < tile; ++r, ++row) {
       for (int b = 0; b < batch; ++b) {
@@ -125,20 +131,4 @@ INLINE void tile_by_tile(const Packed& p, const Section& s, uint32_t begin, uint
       }
     }
   }
-}
-
-// For 2 to FEW rows of activations: codes are looked up for four at a time.
-template <template <int, int> class Values, int BITS>
-void rows_for_few(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, int batch,
-                  float* y) {
-  const auto add = [&](const uint8_t* codes, int tile, uint32_t row, uint32_t u, float* sums, size_t r_sum) {
-    with_fours(batch, [&](auto some, int b) INLINE_LAMBDA {
-      constexpr int BATCH = some.value, ROWS = rows_together(BITS, BATCH);
-      const float* from = x + b * x_stride(p) + u * UNIT;
-      float* to = sums + b * LANES;
-      if (tile == 1) return unit_of_tile<Values, BITS, 1, BATCH>(p, s, codes, 1, row, u, from, to, r_sum);
-      unit_of_tile<Values, BITS, ROWS, BATCH>(p, s, codes, TILE, row, u, from, to, r_sum);
-    });
-  };
-  tile_by_tile<BITS, FEW>(p, s, begin, end, batch, y, add);
 }

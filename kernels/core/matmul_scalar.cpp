@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "matmul_layout.h"
+#include "matmul_outliers.h"
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL  // lanes are loops already
@@ -14,7 +15,6 @@ namespace {
 
 constexpr int rows_together(int, int) { return 1; }
 constexpr int groups_together(int) { return 4; }
-constexpr int FEW = 4;  // rows of activations that codes are looked up for each time
 constexpr int MANY_ROWS = 1, MANY_BATCH = 1;  // of the tiles of sums for many rows of activations
 
 #include "matmul_scalar.h"

@@ -31,6 +31,13 @@ INLINE float sum(const Floats& a) {
   return part[0];
 }
 
+// Sixteen vectors that are `row` floats apart become their columns, `column` floats apart.
+INLINE void transpose(const float* from, size_t row, float* to, size_t column) {
+  for (int i = 0; i < LANES; ++i) {
+    for (int j = 0; j < LANES; ++j) to[j * column + i] = from[i * row + j];
+  }
+}
+
 INLINE Ints operator>>(const Ints& a, int by) {
   return each_lane<Ints>([&](int i) { return a.lane[i] >> by; });
 }

@@ -33,7 +33,6 @@ size_t parts_for(const StoredMatrix& matrix, size_t batch) {
 
 struct Product {
   const void* packed;
-  const float* x;
   size_t batch;
   const void* workspace;
   float* y;
@@ -42,7 +41,7 @@ struct Product {
 
 void run_part(void* argument, size_t part) {
   const auto* p = static_cast<const Product*>(argument);
-  aq_matmul_run(p->packed, p->x, p->batch, p->workspace, p->y, part, p->parts, AQ_LEVEL_BEST);
+  aq_matmul_run(p->packed, p->batch, p->workspace, p->y, part, p->parts, AQ_LEVEL_BEST);
 }
 
 OrtStatus* sides_of(const OrtApi& api, const OrtValue* value, int64_t* sides, size_t* rank) {
@@ -77,7 +76,6 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   void *x = nullptr, *y = nullptr;
   ORT_TRY(api.GetTensorMutableData(const_cast<OrtValue*>(given), &x));
   ORT_TRY(api.GetTensorMutableData(result, &y));
-  product.x = static_cast<const float*>(x);
   product.y = static_cast<float*>(y);
   product.packed = matrix.packed.as<void>();
 
@@ -87,7 +85,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     return api.CreateStatus(ORT_FAIL, "anyquant CodebookMatMul: there is no memory for the activations");
   }
   product.workspace = workspace.as<void>();
-  aq_matmul_prepare(product.packed, product.x, product.batch, workspace.as<void>(), bytes);
+  aq_matmul_prepare(product.packed, static_cast<const float*>(x), product.batch, workspace.as<void>(), bytes);
   product.parts = parts_for(matrix, product.batch);
   if (product.parts == 1) {
     run_part(&product, 0);

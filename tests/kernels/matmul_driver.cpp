@@ -35,7 +35,7 @@ int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch) {
     const size_t parts = 1 + random_below(4);
     for (size_t part = 0; part < parts; ++part) {
       threads.emplace_back([&, part] {
-        aq_matmul_run(packed, x.data(), batch, workspace.memory, y.data(), part, parts, level);
+        aq_matmul_run(packed, batch, workspace.memory, y.data(), part, parts, level);
       });
     }
     for (std::thread& thread : threads) thread.join();

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -130,7 +134,7 @@ def every_block(shape: tuple[int, int]) -> list[ir.Tensor]:
 def test_every_block_format(shape: tuple[int, int]) -> None:
     for tensor in every_block(shape):
         packed = PackedMatrix(tensor)
-        for batch in (1, 2, 3, 7):
+        for batch in (1, 2, 3, 9):
             x = activations(batch, shape[1])
             for level in levels():
                 y = packed.multiply(x, parts=1 + batch % 3, level=level)
@@ -138,7 +142,7 @@ def test_every_block_format(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("batch", [65, 66, 67, 69, 131])
+@pytest.mark.parametrize("batch", [65, 66, 67, 69, 131, 133, 135])
 def test_more_rows_than_one_pass_serves(axis: int, batch: int) -> None:
     shape = (150, 700)
     tensor = matrix(shape, axis, 2 + np.arange(shape[axis]) % 4, scaled=True, outliers=200)
@@ -148,7 +152,7 @@ def test_more_rows_than_one_pass_serves(axis: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("batch", [1, 2, 4, 6])
+@pytest.mark.parametrize("batch", [1, 2, 4, 6, 9, 140])
 def test_results_do_not_depend_on_parts(axis: int, batch: int) -> None:
     shape = (521, 700)
     packed = PackedMatrix(matrix(shape, axis, np.arange(shape[axis]) % 9, outliers=100))
@@ -164,9 +168,31 @@ def test_outliers_alone_and_everywhere(axis: int) -> None:
     shape = (9, 70)
     for bits in (np.zeros(shape[axis]), np.full(shape[axis], 3)):
         tensor = matrix(shape, axis, bits, scaled=True, outliers=shape[0] * shape[1])
-        packed, x = PackedMatrix(tensor), activations(3, shape[1])
-        for level in levels():
+        packed = PackedMatrix(tensor)
+        for level, batch in itertools.product(levels(), (1, 3, 11)):
+            x = activations(batch, shape[1])
             assert error(packed.multiply(x, level=level), x, tensor) < 1e-5  # the values beneath cancel
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_outliers_of_columns_whose_scale_is_zero(axis: int) -> None:
+    """They stay what they are, though all codes of their columns count nothing."""
+    shape = (300, 70)
+    tensor = matrix(shape, axis, np.arange(shape[axis]) % 5, scaled=True, outliers=900)
+    tensor.arrays[".input_scale"][::3] = 0
+    tensor.arrays[".input_scale"][1::3] = 6e-8  # the smallest
+    packed = PackedMatrix(tensor)
+    for level, batch in itertools.product(levels(), (1, 3, 11)):
+        x = activations(batch, shape[1])
+        assert error(packed.multiply(x, level=level), x, tensor) < 1e-6
+
+
+@pytest.mark.parametrize("level", list(Level)[1:])
+def test_the_environment_limits_instructions(level: Level) -> None:
+    program = "from anyquant.runtime.native_matmul import best_level; print(best_level().name)"
+    environment = {**os.environ, "ANYQUANT_CPU": level.name.lower()}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == min(level, native_matmul.best_level()).name
 
 
 def test_zero_and_constant_rows() -> None:
@@ -185,7 +211,7 @@ def test_no_activations() -> None:
     about = packed.packed.ctypes.data
     for workspace in (None, 1):  # of no bytes, and so wherever it likes
         assert native.library().aq_matmul_prepare(about, None, 0, workspace, 0) == 0
-        assert native.library().aq_matmul_run(about, None, 0, workspace, None, 0, 1, 0) == 0
+        assert native.library().aq_matmul_run(about, 0, workspace, None, 0, 1, 0) == 0
 
 
 @pytest.mark.parametrize(
