@@ -22,7 +22,7 @@ namespace matmul {
 namespace {
 
 // As registers suffice.
-constexpr int rows_together(int bits, int batch) { return bits == 6 ? 2 : bits > 4 ? (batch == 1 ? 4 : 2) : batch == 1 ? 8 : 4; }
+constexpr int rows_together(int bits, int batch) { return bits == 6 ? 2 : bits > 4 ? (batch == 1 ? 4 : 2) : batch <= 2 ? 8 : 4; }
 constexpr int groups_together(int batch) { return batch == 1 ? 16 : batch == 2 ? 8 : 4; }
 constexpr int MANY_ROWS = 4, MANY_BATCH = 6;  // of the tiles of sums for many rows of activations
 
