@@ -92,7 +92,7 @@ def chain(product: Product, copies: int) -> onnx.ModelProto:
         node = helper.make_node(operator, [f"x{i}", *names], [f"x{i + 1}"], domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in product.attributes.items())
         nodes.append(node)
-    shape = ["rows", product.side]
+    shape: list[str | int | None] = ["rows", product.side]
     given, result = (
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x0", f"x{copies}")
     )
