@@ -19,7 +19,7 @@ from anyquant.errors import MachineError
 from anyquant.ir import packing
 
 LIBRARY = "libanyquant_core.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 """AQ_ABI_VERSION of the header that this module was written for."""
 
 _SIZE, _INT32, _BITS = ctypes.c_size_t, ctypes.c_int32, ctypes.c_int
@@ -36,6 +36,15 @@ _FUNCTIONS: dict[str, list[type]] = {
     "aq_matmul_pack_blocks": [ctypes.c_void_p, *_BUFFER],
     "aq_matmul_prepare": [ctypes.c_void_p, ctypes.c_void_p, _SIZE, *_BUFFER],
     "aq_matmul_run": [ctypes.c_void_p, _SIZE, *[ctypes.c_void_p] * 2, _SIZE, _SIZE, _BITS],
+    "aq_matmul_row": [
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_void_p,
+        _SIZE,
+        *_BUFFER,
+        ctypes.c_void_p,
+        _BITS,
+    ],
     "aq_matmul": [*[ctypes.c_void_p] * 2, _SIZE, *_BUFFER, ctypes.c_void_p, _SIZE],
     "aq_matmul_level": [],
 }
@@ -45,6 +54,7 @@ _SIZES: dict[str, list[type]] = {
     "aq_refine_workspace": [_SIZE, _INT32],
     "aq_matmul_bytes": [ctypes.c_void_p],
     "aq_matmul_block_bytes": [ctypes.c_void_p],
+    "aq_matmul_row_cache": [ctypes.c_void_p],
     "aq_matmul_workspace": [ctypes.c_void_p, _SIZE],
 }
 """Functions that return a number of bytes."""

@@ -41,6 +41,7 @@ class _CodebookMatrix(ctypes.Structure):
         *_SIDES,
         ("axis", ctypes.c_int32),
         ("index_bytes", ctypes.c_int32),
+        ("by_row", ctypes.c_int32),
         *((f"{name}{end}", kind) for name in _CODEBOOK for end, kind in _ARRAY),
     ]
 
@@ -53,6 +54,7 @@ class _BlockMatrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("block", ctypes.c_int32),
         ("bfloat", ctypes.c_int32),
+        ("by_row", ctypes.c_int32),
         *((f"{name}{end}", kind) for name in _BLOCKS for end, kind in _ARRAY),
     ]
 
@@ -74,11 +76,12 @@ class PackedMatrix:
         packed: uint8, from the border of a cache line on.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, *, by_row: bool = False) -> None:
         """Repack a tensor, which is not needed after that.
 
         Args:
             tensor: of the kind codebook, block or affine, as :meth:`anyquant.ir.Tensor.check` finds it good.
+            by_row: for hosts that ask for one row at a time, as llama.cpp does.
 
         Raises:
             TypeError: it is of another kind.
@@ -96,6 +99,7 @@ class PackedMatrix:
         else:
             raise TypeError(f"matrices of the kind {spec.kind} cannot be packed")
         self.shape = matrix.rows, matrix.cols = spec.shape[0], spec.shape[1]
+        matrix.by_row = by_row
         for name, array in arrays.items():
             setattr(matrix, name, array.ctypes.data)
             setattr(matrix, f"{name}_len", array.size)
@@ -138,6 +142,31 @@ class PackedMatrix:
             native.call(
                 "aq_matmul_run", about, packed, len(x), workspace.ctypes.data, y.ctypes.data, part, parts, level
             )  # fmt: skip
+        return y
+
+    def multiply_by_row(self, x: NDArray[np.float32], level: Level = Level.BEST) -> NDArray[np.float32]:
+        """The same, asked for as llama.cpp does: row after row, for one or two rows of activations at a time.
+
+        Args:
+            x: float32 [batch, in].
+            level: instructions to use.
+
+        Returns:
+            float32 [batch, out].
+        """
+        library, about = native.library(), f"rows of a matrix {list(self.shape)}"
+        cache = _aligned(library.aq_matmul_row_cache(self.packed.ctypes.data))
+        cache[:_ALIGNMENT] = 0
+        y = np.empty((len(x), self.shape[0]), np.float32)
+        found = np.empty(2, np.float32)
+        for first in range(0, len(x), 2):
+            some = np.array([each.ctypes.data for each in x[first : first + 2]], np.uint64)
+            for row in range(self.shape[0]):
+                native.call(
+                    "aq_matmul_row", about, self.packed.ctypes.data, row, some.ctypes.data, len(some),
+                    cache.ctypes.data, cache.nbytes, found.ctypes.data, level,
+                )  # fmt: skip
+                y[first : first + 2, row] = found[: len(some)]
         return y
 
 

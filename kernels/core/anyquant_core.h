@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 /* Changes whenever the meaning or the arguments of an existing function change. */
-#define AQ_ABI_VERSION 4
+#define AQ_ABI_VERSION 5
 
 #define AQ_OK 0
 #define AQ_BAD_ARGUMENT (-1) /* a null pointer with a length, or bits or a number of clusters out of range */

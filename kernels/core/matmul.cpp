@@ -14,11 +14,6 @@ using namespace matmul;
 
 namespace {
 
-const Packed* packed_at(const void* packed) {
-  const auto* p = static_cast<const Packed*>(packed);
-  return p && reinterpret_cast<uintptr_t>(p) % LINE == 0 && p->magic == MAGIC ? p : nullptr;
-}
-
 // Workspace: [batch][x_stride] of activations, and one more where the last pass lacks one to fours; then for each of them
 // what channels without codes add to every row (columns), or the sum that they are multiplied with (rows).
 size_t prepared_rows(const Packed& p, size_t batch) {
@@ -39,15 +34,6 @@ int find_level() {
 }
 
 const int best_level = find_level();
-
-const Kernels* kernels_of(int level) {
-  if (level == AQ_LEVEL_BEST) level = best_level;
-#if VECTOR_UNITS
-  if (level == AQ_LEVEL_AVX512 && best_level >= AQ_LEVEL_AVX512) return &avx512_kernels;
-  if (level == AQ_LEVEL_AVX2 && best_level >= AQ_LEVEL_AVX2) return &avx2_kernels;
-#endif
-  return level == AQ_LEVEL_SCALAR ? &scalar_kernels : nullptr;
-}
 
 // What a weight of a width costs beside one of another: up to 4 bits the same but for memory, beyond that by what is looked
 // up in how long a table. Measured, AVX-512.
@@ -144,6 +130,20 @@ void run_columns(const Packed& p, const Kernels& kernels, const float* x, size_t
 }
 
 }  // namespace
+
+const Packed* matmul::packed_at(const void* packed) {
+  const auto* p = static_cast<const Packed*>(packed);
+  return p && reinterpret_cast<uintptr_t>(p) % LINE == 0 && p->magic == MAGIC ? p : nullptr;
+}
+
+const Kernels* matmul::kernels_of(int level) {
+  if (level == AQ_LEVEL_BEST) level = best_level;
+#if VECTOR_UNITS
+  if (level == AQ_LEVEL_AVX512 && best_level >= AQ_LEVEL_AVX512) return &avx512_kernels;
+  if (level == AQ_LEVEL_AVX2 && best_level >= AQ_LEVEL_AVX2) return &avx2_kernels;
+#endif
+  return level == AQ_LEVEL_SCALAR ? &scalar_kernels : nullptr;
+}
 
 extern "C" int aq_matmul_level(void) { return best_level; }
 

@@ -29,10 +29,11 @@ constexpr int MANY_ROWS = 2, MANY_BATCH = 2;  // of the tiles of sums for many r
 #include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
+#include "matmul_row.h"
 
 }  // namespace
 
-const Kernels avx2_kernels = {rows, columns};
+const Kernels avx2_kernels = {rows, columns, one_row, decode_rows_of_columns, dense_row};
 
 }  // namespace matmul
 #endif

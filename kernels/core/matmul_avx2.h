@@ -15,6 +15,7 @@ INLINE void store(float* to, Floats a) {
   _mm256_storeu_ps(to + 8, a.high);
 }
 INLINE Floats spread(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+INLINE Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 INLINE Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }

@@ -32,10 +32,11 @@ constexpr int MANY_ROWS = 4, MANY_BATCH = 6;  // of the tiles of sums for many r
 #include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
+#include "matmul_row.h"
 
 }  // namespace
 
-const Kernels avx512_kernels = {rows, columns};
+const Kernels avx512_kernels = {rows, columns, one_row, decode_rows_of_columns, dense_row};
 
 }  // namespace matmul
 #endif

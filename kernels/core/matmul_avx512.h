@@ -8,6 +8,7 @@ INLINE Floats zeros() { return _mm512_setzero_ps(); }
 INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
 INLINE void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
 INLINE Floats spread(float a) { return _mm512_set1_ps(a); }
+INLINE Floats mul(Floats a, Floats b) { return a * b; }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 

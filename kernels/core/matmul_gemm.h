@@ -49,7 +49,7 @@ void outers(const float* w, int groups, int columns, const float* x, size_t x_ro
 // columns that is. Asks for the codes of the next unit.
 template <template <int, int> class Values, int BITS>
 INLINE int decode_row(const Packed& p, const Section& s, uint32_t row, uint32_t u, int step, float* out) {
-  const uint32_t whole = s.count / TILE * TILE, tile = row < whole ? TILE : 1, place = row < whole ? row % TILE : 0;
+  const uint32_t tile = row < s.tiled ? TILE : 1, place = row < s.tiled ? row % TILE : 0;
   const uint8_t* unit = p.at<uint8_t>(s.codes) + (row - place) * s.channel_bytes() + u * unit_bytes(BITS) * tile;
   Values<BITS, 1> values(p, s, row);
   if (u == s.units) {

@@ -13,7 +13,8 @@
 // A chunk has 4 groups; up to 4 bits they are nibbles of 16-bit words, else bytes of 32-bit words.
 //
 // In memory channels are interleaved in tiles, so that one thread reads one stream: [tile][unit][word][channel of the
-// tile], then [chunk][channel of the tile]. Rows with codebooks have tiles of 8, and of 1 where fewer than 8 are left.
+// tile], then [chunk][channel of the tile]. Rows with codebooks have tiles of 8, and of 1 where fewer than 8 are left, or
+// where the host asks for one at a time.
 #pragma once
 
 #include <stddef.h>
@@ -46,6 +47,7 @@ constexpr size_t table_entries(int bits) { return bits == 0 ? 1 : bits < 4 ? 16 
 struct Section {
   int32_t bits;
   uint32_t first, count;
+  uint32_t tiled;  // channels that lie in whole tiles, of rows
   uint32_t units, chunks;
   uint64_t codes, tables;  // offsets
 
@@ -63,11 +65,13 @@ struct Blocks {
 
 struct Packed {
   uint64_t magic, bytes;
+  uint64_t serial;  // no other matrix of this process has it
   uint32_t rows, cols;
   int32_t axis, sections;
   Blocks blocks;
   uint64_t outliers;
-  uint64_t order, scale, indptr, index, delta, outlier_row;  // offsets; 0 for none; see matmul_outliers.h
+  uint64_t order, place;  // offsets: the channel in each place among the sorted ones; where each is, 0 for not needed
+  uint64_t scale, indptr, index, delta, outlier_row;  // offsets; 0 for none; see matmul_outliers.h
   Section section[MOST_BITS + 1];
 
   template <class T>
@@ -92,7 +96,19 @@ struct Kernels {
   void (*rows)(const Packed&, const Section&, uint32_t begin, uint32_t end, const float* x, int batch, float* y);
   // Adds what a section's columns add to one half of a unit of rows to sums [batch][HALF_UNIT].
   void (*columns)(const Packed&, const Section&, uint32_t half, const float* x, int batch, float* sums);
+  // y [batch] of one row of a section, without outliers; x: one or two rows of activations as they come.
+  void (*row)(const Packed&, const Section&, uint32_t number, const float* const* x, int batch, float* y);
+  // LANES rows of codebooks of columns, with scales, without outliers, into out [LANES][decoded_stride].
+  void (*decode)(const Packed&, uint32_t group, float* out);
+  // y [batch] of dense weights [columns].
+  void (*dense)(const float* weights, size_t columns, const float* const* x, int batch, float* y);
 };
+
+// Floats from one decoded row to the next.
+inline size_t decoded_stride(const Packed& p) { return round_up(p.cols, LANES); }
+
+const Kernels* kernels_of(int level);         // null where this processor does not have it
+const Packed* packed_at(const void* packed);  // null where it is none
 
 extern const Kernels scalar_kernels;
 #if VECTOR_UNITS

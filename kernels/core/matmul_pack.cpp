@@ -1,5 +1,6 @@
 // Repacking of a codebook matrix for products; see anyquant_matmul.h and matmul_layout.h.
 
+#include <atomic>
 #include <cstring>
 #include <utility>
 
@@ -69,6 +70,7 @@ Packed plan(const aq_codebook_matrix& m, const Census& census) {
   p.outliers = m.outlier_index_len;
   Room room;
   p.order = room(census.channels * sizeof(uint32_t));
+  if (m.by_row) p.place = room(census.channels * sizeof(uint32_t));
   if (m.input_scale) p.scale = room(m.cols * sizeof(float));
   if (p.outliers) {
     p.indptr = room(((m.axis ? half_units(p) : m.rows) + 1) * sizeof(uint32_t));
@@ -83,6 +85,7 @@ Packed plan(const aq_codebook_matrix& m, const Census& census) {
     s.bits = bits;
     s.first = first;
     s.count = census.count[bits];
+    s.tiled = m.by_row ? 0 : s.count / TILE * TILE;
     divide(census.length, &s);
     s.tables = room(s.count * table_entries(bits) * sizeof(uint16_t));
     s.codes = room(s.count * s.channel_bytes());
@@ -149,6 +152,11 @@ void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section*
 
 }  // namespace
 
+uint64_t matmul::next_serial() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
 extern "C" size_t aq_matmul_bytes(const aq_codebook_matrix* matrix) {
   Census census = {};
   if (!matrix || !take(*matrix, &census)) return 0;
@@ -161,7 +169,8 @@ extern "C" int aq_matmul_pack(const aq_codebook_matrix* matrix, void* packed, si
     return AQ_BAD_ARGUMENT;
   }
   const aq_codebook_matrix& m = *matrix;
-  const Packed header = plan(m, census);
+  Packed header = plan(m, census);
+  header.serial = next_serial();
   if (packed_len != header.bytes) return AQ_BAD_LENGTH;
   if (!outliers_ascend(m)) return AQ_BAD_VALUE;
   std::memset(packed, 0, packed_len);
@@ -185,6 +194,7 @@ extern "C" int aq_matmul_pack(const aq_codebook_matrix* matrix, void* packed, si
     const Section& s = *section_of[bits];
     const uint32_t number = next[bits]++;
     order[s.first + number] = static_cast<uint32_t>(c);
+    if (p.place) reinterpret_cast<uint32_t*>(base + p.place)[c] = s.first + number;
     auto* table = reinterpret_cast<uint16_t*>(base + s.tables) + number * table_entries(bits);
     const size_t size = static_cast<size_t>(1) << bits;
     for (size_t i = 0; i < table_entries(bits); ++i) table[i] = entries[i % size];

@@ -38,9 +38,11 @@ Packed plan(const aq_block_matrix& m) {
   Section& s = p.section[0];
   s.bits = m.bits;
   s.count = p.rows;
+  s.tiled = m.by_row ? 0 : s.count / TILE * TILE;
   divide(m.cols, &s);
   Room room;
   p.order = room(m.rows * sizeof(uint32_t));
+  if (m.by_row) p.place = p.order;
   p.blocks.table = room(table_entries(m.bits) * sizeof(float));
   p.blocks.scales = room(m.scale_len * sizeof(uint16_t));
   if (m.zero) p.blocks.zeros = room(m.zero_len);
@@ -58,7 +60,8 @@ extern "C" size_t aq_matmul_block_bytes(const aq_block_matrix* matrix) {
 extern "C" int aq_matmul_pack_blocks(const aq_block_matrix* matrix, void* packed, size_t packed_len) {
   if (!matrix || !packed || reinterpret_cast<uintptr_t>(packed) % LINE || !take(*matrix)) return AQ_BAD_ARGUMENT;
   const aq_block_matrix& m = *matrix;
-  const Packed p = plan(m);
+  Packed p = plan(m);
+  p.serial = next_serial();
   if (packed_len != p.bytes) return AQ_BAD_LENGTH;
   const size_t codes = static_cast<size_t>(1) << m.bits;
   for (size_t i = 0; i < m.recode_len; ++i) {

@@ -7,6 +7,9 @@
 #include "matmul_layout.h"
 
 namespace matmul {
+
+uint64_t next_serial();  // of a matrix
+
 namespace {
 
 // Gives out what comes after the header, each at the border of a cache line.
@@ -122,9 +125,9 @@ inline uint32_t read_code(const Section& s, const Place& from, uint64_t i) {
 inline Place place_of(const Section& s, uint32_t number, char* codes, int axis) {
   uint32_t tile = s.count, channel = number;  // columns: all of a section are one tile
   if (!axis) {
-    const bool whole = number < s.count / TILE * TILE;
-    tile = whole ? TILE : 1;
-    channel = whole ? number % TILE : 0;
+    const bool tiled = number < s.tiled;
+    tile = tiled ? TILE : 1;
+    channel = tiled ? number % TILE : 0;
     codes += static_cast<size_t>(number - channel) * s.channel_bytes();
   }
   const size_t unit = unit_bytes(s.bits) * tile, chunk = chunk_bytes(s.bits);

@@ -75,10 +75,9 @@ template <template <int, int> class Values, int BITS>
 void rows_for_one(const Packed& p, const Section& s, uint32_t begin, uint32_t end, const float* x, float* y) {
   constexpr int ROWS = rows_together(BITS, 1);
   const auto* order = p.at<uint32_t>(p.order) + s.first;
-  const uint32_t whole = s.count / TILE * TILE;
   for (uint32_t row = begin; row < end;) {
     const uint8_t* codes = p.at<uint8_t>(s.codes) + row * s.channel_bytes();
-    if (row >= whole) {
+    if (row >= s.tiled) {
       some_rows<Values, BITS, 1>(p, s, codes, 1, 0, row, x, order + row, y);
       ++row;
       continue;
@@ -109,10 +108,9 @@ void rows_for_few(const Packed& p, const Section& s, uint32_t begin, uint32_t en
                   float* y) {
   const size_t r_sum = round_up(batch, 4) * LANES;
   const auto* order = p.at<uint32_t>(p.order) + s.first;
-  const uint32_t whole = s.count / TILE * TILE;
   alignas(LINE) float sums[TILE * FEW * LANES];
   for (uint32_t row = begin; row < end;) {
-    const int tile = row < whole ? TILE : 1;
+    const int tile = row < s.tiled ? TILE : 1;
     const uint8_t* codes = p.at<uint8_t>(s.codes) + row * s.channel_bytes();
     memset(sums, 0, tile * r_sum * sizeof(float));
     for (uint32_t u = 0; u < s.units + (s.chunks > 0); ++u) {

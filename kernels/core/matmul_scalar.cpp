@@ -23,9 +23,10 @@ constexpr int MANY_ROWS = 1, MANY_BATCH = 1;  // of the tiles of sums for many r
 #include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
+#include "matmul_row.h"
 
 }  // namespace
 
-const Kernels scalar_kernels = {rows, columns};
+const Kernels scalar_kernels = {rows, columns, one_row, decode_rows_of_columns, dense_row};
 
 }  // namespace matmul

@@ -19,6 +19,9 @@ INLINE Floats spread(float a) { return each_lane<Floats>([&](int) { return a; })
 INLINE Floats zeros() { return spread(0.0f); }
 INLINE Floats load(const float* from) { return each_lane<Floats>([&](int i) { return from[i]; }); }
 INLINE void store(float* to, const Floats& a) { memcpy(to, a.lane, sizeof(a.lane)); }
+INLINE Floats mul(const Floats& a, const Floats& b) {
+  return each_lane<Floats>([&](int i) { return a.lane[i] * b.lane[i]; });
+}
 INLINE Floats fma(const Floats& a, const Floats& b, const Floats& c) {
   return each_lane<Floats>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
 }

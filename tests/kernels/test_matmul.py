@@ -141,6 +141,28 @@ def test_every_block_format(shape: tuple[int, int]) -> None:
                 assert error(y, x, tensor) < 1e-5, (tensor.spec, batch, level)  # zeros of affine cancel
 
 
+@pytest.mark.parametrize("widths", ["0", "3", "4", "7", "mixed"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (70, 577), (300, 1100)])
+def test_row_by_row(shape: tuple[int, int], axis: int, widths: str) -> None:
+    """As llama.cpp asks for them, of one and of two rows of activations."""
+    bits = WIDTHS[widths](shape[axis])
+    for scaled, outliers in ((False, 0), (True, min(shape[0] * shape[1], 40))):
+        tensor = matrix(shape, axis, bits, scaled=scaled, outliers=outliers)
+        packed, x = PackedMatrix(tensor, by_row=True), activations(3, shape[1])
+        for level in levels():
+            assert error(packed.multiply_by_row(x, level), x, tensor) < 1e-6
+        assert error(packed.multiply(activations(9, shape[1])), activations(9, shape[1]), tensor) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (70, 577), (9, 1536)])
+def test_every_block_format_row_by_row(shape: tuple[int, int]) -> None:
+    for tensor in every_block(shape):
+        packed, x = PackedMatrix(tensor, by_row=True), activations(3, shape[1])
+        for level in levels():
+            assert error(packed.multiply_by_row(x, level), x, tensor) < 1e-5, (tensor.spec, level)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("batch", [65, 66, 67, 69, 131, 133, 135])
 def test_more_rows_than_one_pass_serves(axis: int, batch: int) -> None:
