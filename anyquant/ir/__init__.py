@@ -10,6 +10,7 @@ from anyquant.ir.dequantize import block_integers, dequantize, digest, row_chunk
 from anyquant.ir.ggml_blocks import dequantize_blocks
 from anyquant.ir.json_io import read_json
 from anyquant.ir.manifest import MANIFEST, Entry, same_plan
+from anyquant.ir.permute import with_rows
 from anyquant.ir.safetensors_io import write_safetensors
 from anyquant.ir.spec import (
     DENSE_DTYPES,
@@ -56,6 +57,7 @@ __all__ = [
     "same_plan",
     "sync",
     "tensor_digest",
+    "with_rows",
     "write_ir",
     "write_safetensors",
 ]

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from math import prod
 
+from anyquant.exporters.gguf import custom
 from anyquant.gguf_container import ALIGNMENT, opening, padded, string
 from anyquant.ir import GGML_TYPES
 
@@ -14,8 +15,12 @@ TYPE_IDS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
     "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21,
     "IQ2_S": 22, "IQ4_XS": 23, "IQ1_M": 29, "BF16": 30, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
+    **{name: number for name, (number, _) in custom.TYPES.items()},
 }  # fmt: skip
-_ELEMENTS: dict[str, tuple[int, int]] = {**GGML_TYPES, "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}
+_ELEMENTS: dict[str, tuple[int, int]] = {
+    **GGML_TYPES, "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
+    **{name: (custom.BLOCK, size) for name, (_, size) in custom.TYPES.items()},
+}  # fmt: skip
 TYPES = {number: (name, *_ELEMENTS[name]) for name, number in TYPE_IDS.items()}
 """Type number -> (name, elements per block, bytes per block)."""
 

@@ -14,7 +14,7 @@ from anyquant.checkpoint.gguf_names import (
     row_permutation,
     rows_by_heads,
 )
-from anyquant.exporters.gguf import container, stock
+from anyquant.exporters.gguf import container, custom, stock
 from anyquant.exporters.gguf.metadata import Metadata
 from anyquant.exporters.protocol import ExportOptions, Refusal
 
@@ -22,6 +22,8 @@ _FLOAT = "use --layout f32, which holds every value"
 _HALF = "use --layout f16, which holds every value of a codebook"
 _ROUND = "use --layout f32, or accept rounding with --allow-rounding"
 # llama.cpp computes with these in FP32 only.
+# Of the types of ours it cannot look rows up.
+_LOOKED_UP = ("token_embd.weight",)
 _ALWAYS_F32 = ("_norm.weight", "position_embd.weight", "token_types.weight", "ffn_gate_inp.weight")
 
 
@@ -174,10 +176,34 @@ def _type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportO
             _require_f16(model.tensor(name), options)
         return "F16"
     if isinstance(spec, ir.CodebookSpec):
-        raise stock.NotExact("no stock type has a codebook per row or column")
-    if model.has_values and (examine or not stock.expects_first(spec)):
-        return stock.choose(model.tensor(name))
-    return stock.expected_type(spec, symmetric=model.settings.get("symmetric") is True)
+        return _own_type(spec, gguf, "no stock type has a codebook per row or column")
+    try:
+        if model.has_values and (examine or not stock.expects_first(spec)):
+            return stock.choose(model.tensor(name))
+        return stock.expected_type(spec, symmetric=model.settings.get("symmetric") is True)
+    except stock.NotExact as error:
+        return _own_type(spec, gguf, str(error))
+
+
+def _own_type(spec: custom.Held, gguf: str, why: str) -> str:
+    """The type of ours that holds a tensor; FP16 or FP32 where llama.cpp looks rows up, as it cannot in ours.
+
+    Raises:
+        NotExact: none does.
+    """
+    if gguf in _LOOKED_UP:
+        return "F16" if _is_half(spec) else "F32"
+    found = custom.type_for(spec)
+    if found is None:
+        columns = spec.shape[1]
+        if columns % custom.BLOCK:
+            problem = f"rows of {columns} are not whole blocks of {custom.BLOCK}, as all types of ggml have them"
+        else:
+            problem = (
+                f"its {8 * spec.nbytes / spec.numel:.2f} bits per weight are more than the largest type of ours has"
+            )
+        raise stock.NotExact(f"{why}, and {problem}")
+    return found
 
 
 def _dense_type(model: ir.Model, name: str, gguf: str, offset: float, options: ExportOptions) -> str:

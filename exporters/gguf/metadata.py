@@ -236,7 +236,11 @@ def finish(
             weights[type_name] = weights.get(type_name, 0) + size
     values = dict(base.values)
     if weights:
-        values["general.file_type"] = container.uint32_value(FILE_TYPES[max(weights, key=lambda name: weights[name])])
+        # There is no number for a file of our types: loaders then name the most frequent type themselves.
+        most = FILE_TYPES.get(max(weights, key=lambda name: weights[name]))
+        values |= {} if most is None else {"general.file_type": container.uint32_value(most)}
+        if most is None:
+            values.pop("general.file_type", None)
     if any(name in ir.GGML_TYPES for name in weights):
         values["general.quantization_version"] = container.uint32_value(QUANTIZATION_VERSION)
     own = {

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from anyquant import ir
 from anyquant.checkpoint.gguf_names import (
     ROPE_TENSORS,
     gguf_to_hf_name,
@@ -24,9 +25,11 @@ from anyquant.checkpoint.gguf_names import (
     rows_by_heads,
 )
 from anyquant.errors import CorruptFileError, MissingDependency, UnknownArchitecture
-from anyquant.exporters.gguf import container
+from anyquant.exporters.gguf import container, custom
 from anyquant.exporters.gguf.metadata import NAMES_KEY
 from anyquant.gguf_container import Header, map_file, parse
+
+_OWN = {number for number, _ in custom.TYPES.values()}
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -48,6 +51,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     architecture = header.get("general.architecture", str, "")
     config = _heads(header, architecture)
     names = _names(header, path)
+    custom.register()
     try:
         tensors = GGUFReader(path).tensors
     except Exception as error:  # it raises whatever NumPy does on odd bytes
@@ -61,7 +65,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 f"{path.name}: tensor {tensor.name!r:.80} of architecture {architecture!r:.40} has no known name in "
                 "Hugging Face's checkpoints"
             )
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        if int(tensor.tensor_type) in _OWN:
+            shape = tuple(int(side) for side in reversed(tensor.shape))
+            values = ir.dequantize(custom.decode(tensor.name, shape, tensor.data.reshape(-1)))
+        else:
+            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         yield name, _in_ir_order(values, name, architecture, config, path)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from anyquant import ir
 from anyquant.errors import AnyquantError, MachineError, UsageError
-from anyquant.exporters.gguf import stock
+from anyquant.exporters.gguf import custom, stock
 from anyquant.exporters.gguf.layout import Piece, chunks
 from anyquant.gguf_container import padded
 
@@ -38,6 +38,10 @@ def encoded(tensor: ir.Tensor, piece: Piece, rounding: bool) -> Iterator[np.ndar
     Raises:
         stock.NotExact: a value does not fit, or would be rounded where ``rounding`` does not allow it.
     """
+    if piece.type in custom.TYPES:
+        ordered = tensor if piece.order is None else ir.with_rows(tensor, piece.order)
+        yield custom.encode(piece.gguf, ordered, piece.type)
+        return
     if piece.order is None:
         yield from _parts(tensor, piece, rounding)
         return

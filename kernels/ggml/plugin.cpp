@@ -1,0 +1,206 @@
+// Registers our tensor types in the ggml that a process runs, prebuilt ones too; see docs/gguf-format.md.
+//
+// ggml keeps how types are stored and multiplied in two tables, and exports where an entry lies. Numbers of types that it
+// has given up are still in there, empty: ours go there. Before anything is written, sizes and known entries are compared.
+
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "ggml_abi.h"
+#include "tensors.h"
+
+namespace {
+
+constexpr int TYPES = 7;
+constexpr struct {
+  int number, bytes;
+  const char* name;
+} TYPE[TYPES] = {{4, 8, "anyquant_2.0"},   {5, 10, "anyquant_2.5"},   {31, 12, "anyquant_3.0"}, {32, 14, "anyquant_3.5"},
+                 {33, 17, "anyquant_4.25"}, {37, 21, "anyquant_5.25"}, {38, 34, "anyquant_8.5"}};
+
+// Memory of this thread, for rows of column codebooks. It goes when the thread does.
+struct Cache {
+  void* memory = nullptr;
+  size_t bytes = 0;
+
+  ~Cache() { std::free(memory); }
+  bool reserve(size_t wanted) {
+    if (wanted <= bytes) return true;
+    std::free(memory);
+    bytes = (wanted + 63) / 64 * 64;
+    memory = std::aligned_alloc(64, bytes);
+    if (!memory) return bytes = 0, false;
+    std::memset(memory, 0, 64);
+    return true;
+  }
+};
+thread_local Cache cache;
+
+template <int I>
+void vec_dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y, size_t by, int nrc) {
+  const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
+  const float* rows[2] = {static_cast<const float*>(y),
+                          reinterpret_cast<const float*>(static_cast<const char*>(y) + by)};
+  for (int r = 0; r < nrc; ++r) {
+    uint64_t number = 0;
+    const Tensor* t = tensor_of(static_cast<const char*>(x) + r * bx, columns, stride, &number);
+    float found[2] = {NAN, NAN};
+    if (t && cache.reserve(aq_matmul_row_cache(t->packed))) {
+      aq_matmul_row(t->packed, number, rows, static_cast<size_t>(nrc), cache.memory, cache.bytes, found, AQ_LEVEL_BEST);
+    }
+    for (int b = 0; b < nrc; ++b) s[r + b * bs] = found[b];
+  }
+}
+
+template <int I>
+void to_float(const void* x, float* out, int64_t n) {
+  const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
+  uint64_t number = 0;
+  if (const Tensor* t = tensor_of(x, columns, stride, &number)) return blob::dequantize(t->header(), number, out);
+  for (int64_t i = 0; i < n; ++i) out[i] = NAN;
+}
+
+constexpr VecDot VEC_DOT[TYPES] = {vec_dot<0>, vec_dot<1>, vec_dot<2>, vec_dot<3>, vec_dot<4>, vec_dot<5>, vec_dot<6>};
+constexpr ToFloat TO_FLOAT[TYPES] = {to_float<0>, to_float<1>, to_float<2>, to_float<3>, to_float<4>, to_float<5>,
+                                     to_float<6>};
+
+using GetTraits = const TypeTraits* (*)(int);
+using GetCpuTraits = const CpuTraits* (*)(int);
+
+// What is known of every ggml; null where all of it holds.
+const char* why_not(GetTraits traits, GetCpuTraits cpu) {
+  if (reinterpret_cast<const char*>(traits(1)) - reinterpret_cast<const char*>(traits(0)) != sizeof(TypeTraits) ||
+      reinterpret_cast<const char*>(cpu(1)) - reinterpret_cast<const char*>(cpu(0)) != sizeof(CpuTraits)) {
+    return "its tables have entries of another size";
+  }
+  constexpr struct {
+    int number;
+    const char* name;
+    int64_t block;
+    size_t bytes;
+    bool quantized;
+  } expected[] = {{GGML_F32, "f32", 1, 4, false}, {GGML_F16, "f16", 1, 2, false}, {GGML_Q4_0, "q4_0", 32, 18, true},
+                  {GGML_Q8_0, "q8_0", 32, 34, true}};
+  for (const auto& e : expected) {
+    const TypeTraits& t = *traits(e.number);
+    if (!t.name || std::strcmp(t.name, e.name) || t.block != e.block || t.bytes != e.bytes || t.quantized != e.quantized ||
+        !cpu(e.number)->vec_dot || cpu(e.number)->rows < 1 || cpu(e.number)->rows > 2) {
+      return "known types are not what they should be";
+    }
+  }
+  if (cpu(GGML_F32)->activations != GGML_F32 || cpu(GGML_Q4_0)->activations != GGML_Q8_0 ||
+      !traits(GGML_Q4_0)->to_float || !traits(GGML_Q8_0)->to_float) {
+    return "known types are not what they should be";
+  }
+  for (const auto& type : TYPE) {
+    const TypeTraits& t = *traits(type.number);
+    if (t.bytes || t.block || t.to_float || cpu(type.number)->vec_dot) return "a number that was given up is in use";
+  }
+  return nullptr;
+}
+
+// Makes the memory of an entry writable, for as long as it lives.
+class Writable {
+ public:
+  Writable(const void* at, size_t bytes) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(at);
+    begin_ = address / page * page;
+    bytes_ = (address + bytes + page - 1) / page * page - begin_;
+    done_ = mprotect(reinterpret_cast<void*>(begin_), bytes_, PROT_READ | PROT_WRITE) == 0;
+  }
+  ~Writable() {
+    if (done_) mprotect(reinterpret_cast<void*>(begin_), bytes_, PROT_READ);
+  }
+  explicit operator bool() const { return done_; }
+
+ private:
+  uintptr_t begin_;
+  size_t bytes_;
+  bool done_;
+};
+
+bool add_types(GetTraits traits, GetCpuTraits cpu) {
+  // Whole tables, as entries of both may share pages.
+  const int last = TYPE[TYPES - 1].number;
+  const Writable one(traits(0), (last + 1) * sizeof(TypeTraits)), other(cpu(0), (last + 1) * sizeof(CpuTraits));
+  if (!one || !other) return false;
+  for (int i = 0; i < TYPES; ++i) {
+    *const_cast<CpuTraits*>(cpu(TYPE[i].number)) = {nullptr, VEC_DOT[i], GGML_F32, 2};
+    *const_cast<TypeTraits*>(traits(TYPE[i].number)) = {
+        TYPE[i].name, blob::BLOCK, 0, static_cast<size_t>(TYPE[i].bytes), true, TO_FLOAT[i], nullptr};
+  }
+  return true;
+}
+
+struct Found {
+  GetTraits traits[16];
+  GetCpuTraits cpu[16];
+  int count_traits = 0, count_cpu = 0;
+};
+
+// Of every library in the process; hosts load ggml's so that others do not see its names.
+int look_into(dl_phdr_info* info, size_t, void* argument) {
+  auto& found = *static_cast<Found*>(argument);
+  void* library = dlopen(info->dlpi_name && *info->dlpi_name ? info->dlpi_name : nullptr, RTLD_LAZY | RTLD_NOLOAD);
+  if (!library) return 0;
+  const auto add = [](auto* list, int* count, void* symbol) {
+    if (!symbol || *count == 16) return;
+    const auto function = reinterpret_cast<std::remove_reference_t<decltype(*list)>>(symbol);
+    for (int i = 0; i < *count; ++i) {
+      if (list[i] == function) return;  // a library also finds the names of those that it needs
+    }
+    list[(*count)++] = function;
+  };
+  add(found.traits, &found.count_traits, dlsym(library, "ggml_get_type_traits"));
+  add(found.cpu, &found.count_cpu, dlsym(library, "ggml_get_type_traits_cpu"));
+  dlclose(library);
+  return 0;
+}
+
+bool same_library(void* one, void* other) {
+  Dl_info a, b;
+  return dladdr(one, &a) && dladdr(other, &b) && a.dli_fbase == b.dli_fbase;
+}
+
+}  // namespace
+
+// Adds the types to every ggml in the process. Returns to how many; those that have them already count, too.
+extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(void) {
+  Found found;
+  dl_iterate_phdr(look_into, &found);
+  int done = 0;
+  for (int i = 0; i < found.count_traits; ++i) {
+    for (int j = 0; j < found.count_cpu; ++j) {
+      // Both in one library, or one of each in the process: anything else cannot be told apart.
+      const bool paired = same_library(reinterpret_cast<void*>(found.traits[i]), reinterpret_cast<void*>(found.cpu[j]));
+      if (!paired && (found.count_traits > 1 || found.count_cpu > 1)) continue;
+      if (found.traits[i](TYPE[0].number)->to_float == TO_FLOAT[0]) {
+        ++done;
+        continue;
+      }
+      const char* why = why_not(found.traits[i], found.cpu[j]);
+      if (!why && !add_types(found.traits[i], found.cpu[j])) why = "its tables cannot be written";
+      if (why) {
+        std::fprintf(stderr, "anyquant: nothing was changed in this ggml: %s\n", why);
+      } else {
+        ++done;
+      }
+    }
+  }
+  if (!done) std::fprintf(stderr, "anyquant: no ggml that could take its tensor types\n");
+  return done;
+}
+
+// What ggml calls in the library that GGML_BACKEND_PATH names. There is no backend: it says so and goes on; the library
+// stays (-z nodelete).
+extern "C" __attribute__((visibility("default"))) void* ggml_backend_init(void) {
+  anyquant_ggml_register();
+  return nullptr;
+}
