@@ -350,16 +350,33 @@ def _list_plugins(out: Output, group: str) -> None:
 
 
 @cli.command()
+@click.argument("runner", type=click.Choice(["ggml"]))
 @verb
-def doctor(out: Output) -> None:
+def plugin(out: Output, runner: str) -> None:
+    """Print where the plug-in lies that gives ggml the tensor types of our GGUF files.
+
+    \b
+    Example: GGML_BACKEND_PATH=$(anyquant plugin ggml) llama-server -m small.gguf
+    """
+    from anyquant.runtime import ggml_plugin
+
+    found = str(ggml_plugin.path())
+    out.result({runner: found}, lambda: found)
+
+
+@cli.command()
+@click.option("--runner", type=click.Path(path_type=Path), help="Try whether these libraries take the ggml plug-in.")
+@verb
+def doctor(out: Output, runner: Path | None) -> None:
     """What is installed here, and what it is good for.
 
     \b
     Example: anyquant doctor
+             anyquant doctor --runner node_modules/@node-llama-cpp/linux-x64
     """
     from anyquant.doctor import diagnose, diagnosis_text
 
-    data = diagnose()
+    data = diagnose(runner)
     out.result(data, lambda: diagnosis_text(data))
 
 

@@ -7,6 +7,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from anyquant import __version__
@@ -46,9 +47,16 @@ def _plugins(group: str) -> dict[str, str]:
     return {p.name: p.error or f"ok ({p.package})" for p in plugins(group).values()}
 
 
-def diagnose() -> dict[str, Any]:
-    """Versions, machine, native library, plug-ins, and problems with the next step for each."""
-    from anyquant.runtime import native
+def diagnose(runner: Path | None = None) -> dict[str, Any]:
+    """Versions, machine, native library, plug-ins, and problems with the next step for each.
+
+    Args:
+        runner: libraries to try the plug-in for ggml in.
+
+    Raises:
+        InputError, MachineError: see ``ggml_plugin.try_runner``.
+    """
+    from anyquant.runtime import ggml_plugin, native
 
     found = {package: _version(package) for package in PACKAGES}
     problems = []
@@ -77,8 +85,9 @@ def diagnose() -> dict[str, Any]:
         "methods": _plugins(METHODS),
         "exporters": _plugins(EXPORTERS),
         "cuda": _cuda(),
+        "ggml_plugin": str(native.path_of(ggml_plugin.LIBRARY) or ""),
         "problems": problems,
-    }
+    } | ({} if runner is None else {"runner": {"path": str(runner), "why_not": ggml_plugin.try_runner(runner)}})
 
 
 def _cuda() -> str:
@@ -103,4 +112,8 @@ def diagnosis_text(data: dict[str, Any]) -> str:
     head = f"anyquant {data['anyquant']}, Python {data['python']}, {data['cores']} cores, {mebibytes(data['memory'])}"
     library = "in use" if data["native_library"] else "not in use"
     problems = [f"problem: {problem}" for problem in data["problems"]] or ["no problems found"]
+    lines.append(f"plug-in for ggml: {data['ggml_plugin'] or 'not built'}")
+    if tried := data.get("runner"):
+        verdict = f"does not take it: {tried['why_not']}" if tried["why_not"] else "takes it"
+        lines.append(f"{tried['path']}: {verdict}")
     return "\n".join([head, f"compiled library: {library}, GPU: {data['cuda']}", *lines, *problems])

@@ -33,6 +33,7 @@ TYPES = {
     "ANYQUANT_8_5": (38, 34),
 }
 """Name, by bits per weight -> (ggml's number, bytes per block), by size."""
+NUMBERS = frozenset(number for number, _ in TYPES.values())
 MAGIC, VERSION = b"AQTENSOR", 1
 HEADER_BYTES = 256
 _ALIGNMENT = 64
@@ -210,7 +211,7 @@ def _read_header(name: str, shape: tuple[int, ...], data: NDArray[np.uint8]) -> 
         raise _damaged(name, f"kind {kind} is not known")
     sections: dict[str, bytes] = {}
     for section, offset, length in zip(_SECTIONS[names[kind]], places[::2], places[1::2], strict=False):
-        if not length:
+        if not offset:
             continue
         if offset % _ALIGNMENT or not HEADER_BYTES <= offset <= used or length > used - offset:
             raise _damaged(name, f"{section} lies at {offset}, {length} bytes, outside of its {used}")

@@ -29,8 +29,6 @@ from anyquant.exporters.gguf import container, custom
 from anyquant.exporters.gguf.metadata import NAMES_KEY
 from anyquant.gguf_container import Header, map_file, parse
 
-_OWN = {number for number, _ in custom.TYPES.values()}
-
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (IR name, float32 values [out, in]) of every tensor of the checkpoint, in the file's order.
@@ -65,7 +63,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 f"{path.name}: tensor {tensor.name!r:.80} of architecture {architecture!r:.40} has no known name in "
                 "Hugging Face's checkpoints"
             )
-        if int(tensor.tensor_type) in _OWN:
+        if int(tensor.tensor_type) in custom.NUMBERS:
             shape = tuple(int(side) for side in reversed(tensor.shape))
             values = ir.dequantize(custom.decode(tensor.name, shape, tensor.data.reshape(-1)))
         else:

@@ -74,8 +74,8 @@ constexpr ToFloat TO_FLOAT[TYPES] = {to_float<0>, to_float<1>, to_float<2>, to_f
 using GetTraits = const TypeTraits* (*)(int);
 using GetCpuTraits = const CpuTraits* (*)(int);
 
-// What is known of every ggml; null where all of it holds.
-const char* why_not(GetTraits traits, GetCpuTraits cpu) {
+// What is known of every ggml; null where all of it holds. named: our types are among its names already.
+const char* why_not(GetTraits traits, GetCpuTraits cpu, bool named) {
   if (reinterpret_cast<const char*>(traits(1)) - reinterpret_cast<const char*>(traits(0)) != sizeof(TypeTraits) ||
       reinterpret_cast<const char*>(cpu(1)) - reinterpret_cast<const char*>(cpu(0)) != sizeof(CpuTraits)) {
     return "its tables have entries of another size";
@@ -101,7 +101,7 @@ const char* why_not(GetTraits traits, GetCpuTraits cpu) {
   }
   for (const auto& type : TYPE) {
     const TypeTraits& t = *traits(type.number);
-    if (t.bytes || t.block || t.to_float || cpu(type.number)->vec_dot) return "a number that was given up is in use";
+    if ((!named && (t.bytes || t.block || t.to_float)) || cpu(type.number)->vec_dot) return "a number that was given up is in use";
   }
   return nullptr;
 }
@@ -139,35 +139,34 @@ bool add_types(GetTraits traits, GetCpuTraits cpu) {
   return true;
 }
 
-struct Found {
-  GetTraits traits[16];
-  GetCpuTraits cpu[16];
-  int count_traits = 0, count_cpu = 0;
+// A ggml of the process: both functions as one library sees them, be they its own or of one that it needs.
+struct Host {
+  GetTraits traits;
+  GetCpuTraits cpu;
 };
 
-// Of every library in the process; hosts load ggml's so that others do not see its names.
+struct Found {
+  Host host[16];
+  int count = 0;
+};
+
+// Of every library; hosts load ggml's so that others do not see its names.
 int look_into(dl_phdr_info* info, size_t, void* argument) {
   auto& found = *static_cast<Found*>(argument);
   void* library = dlopen(info->dlpi_name && *info->dlpi_name ? info->dlpi_name : nullptr, RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return 0;
-  const auto add = [](auto* list, int* count, void* symbol) {
-    if (!symbol || *count == 16) return;
-    const auto function = reinterpret_cast<std::remove_reference_t<decltype(*list)>>(symbol);
-    for (int i = 0; i < *count; ++i) {
-      if (list[i] == function) return;  // a library also finds the names of those that it needs
-    }
-    list[(*count)++] = function;
-  };
-  add(found.traits, &found.count_traits, dlsym(library, "ggml_get_type_traits"));
-  add(found.cpu, &found.count_cpu, dlsym(library, "ggml_get_type_traits_cpu"));
+  const Host host = {reinterpret_cast<GetTraits>(dlsym(library, "ggml_get_type_traits")),
+                     reinterpret_cast<GetCpuTraits>(dlsym(library, "ggml_get_type_traits_cpu"))};
   dlclose(library);
+  if (!host.traits || !host.cpu) return 0;
+  for (int i = 0; i < found.count; ++i) {
+    if (found.host[i].cpu == host.cpu && found.host[i].traits == host.traits) return 0;
+  }
+  if (found.count < 16) found.host[found.count++] = host;
   return 0;
 }
 
-bool same_library(void* one, void* other) {
-  Dl_info a, b;
-  return dladdr(one, &a) && dladdr(other, &b) && a.dli_fbase == b.dli_fbase;
-}
+const char* message = "";
 
 }  // namespace
 
@@ -176,27 +175,28 @@ extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(voi
   Found found;
   dl_iterate_phdr(look_into, &found);
   int done = 0;
-  for (int i = 0; i < found.count_traits; ++i) {
-    for (int j = 0; j < found.count_cpu; ++j) {
-      // Both in one library, or one of each in the process: anything else cannot be told apart.
-      const bool paired = same_library(reinterpret_cast<void*>(found.traits[i]), reinterpret_cast<void*>(found.cpu[j]));
-      if (!paired && (found.count_traits > 1 || found.count_cpu > 1)) continue;
-      if (found.traits[i](TYPE[0].number)->to_float == TO_FLOAT[0]) {
-        ++done;
-        continue;
-      }
-      const char* why = why_not(found.traits[i], found.cpu[j]);
-      if (!why && !add_types(found.traits[i], found.cpu[j])) why = "its tables cannot be written";
-      if (why) {
-        std::fprintf(stderr, "anyquant: nothing was changed in this ggml: %s\n", why);
-      } else {
-        ++done;
-      }
+  for (int i = 0; i < found.count; ++i) {
+    const auto [traits, cpu] = found.host[i];
+    // One set of names may serve several builds of the products, as where each is for another processor.
+    const bool known = traits(TYPE[0].number)->to_float == TO_FLOAT[0];
+    const char* why = known && cpu(TYPE[0].number)->vec_dot == VEC_DOT[0] ? nullptr : why_not(traits, cpu, known);
+    if (!why && !add_types(traits, cpu)) why = "its tables cannot be written";
+    if (why) {
+      message = why;
+      std::fprintf(stderr, "anyquant: nothing was changed in this ggml: %s\n", why);
+    } else {
+      ++done;
     }
   }
-  if (!done) std::fprintf(stderr, "anyquant: no ggml that could take its tensor types\n");
+  if (!done) {
+    if (!*message) message = "there is no ggml whose tables can be found";
+    std::fprintf(stderr, "anyquant: no tensor types were added: %s\n", message);
+  }
   return done;
 }
+
+// Why the last ggml was left as it was.
+extern "C" __attribute__((visibility("default"))) const char* anyquant_ggml_message(void) { return message; }
 
 // What ggml calls in the library that GGML_BACKEND_PATH names. There is no backend: it says so and goes on; the library
 // stays (-z nodelete).

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import InputError, MachineError
+from anyquant.exporters.gguf import custom
 from anyquant.gguf_container import map_file, parse
+from anyquant.runtime import ggml_plugin
 from anyquant.validation.runners.llama_abi import CONTEXT_FIELDS, MODEL_FIELDS, Batch, library, set_fields
 from anyquant.validation.runners.protocol import check_ids
 
@@ -36,13 +38,15 @@ class LlamaCppRunner:
         Raises:
             InputError: missing, damaged, or refused by llama.cpp.
             MissingDependency: xllamacpp is not installed.
-            MachineError: its build is unknown, or memory is short.
+            MachineError: its build is unknown, does not take our tensor types, or memory is short.
         """
         self._model = self._context = None
         self._library = library()
         self._c = self._library.c
         self.name, self.runtime = name, f"llama.cpp (xllamacpp {self._library.version})"
-        parse(map_file(path), str(path))
+        header = parse(map_file(path), str(path))
+        if any(tensor.type_id in custom.NUMBERS for tensor in header.tensors.values()):
+            ggml_plugin.register()
         self._library.log.clear()
         params = self._c.llama_model_default_params()
         set_fields(params, MODEL_FIELDS, n_gpu_layers=0)
