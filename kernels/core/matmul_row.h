@@ -34,46 +34,53 @@ INLINE void add_unit_of_row(const uint8_t* unit, uint32_t u, const float* const*
   }
 }
 
+// What comes after the last unit whose columns all exist: chunks, or a unit.
+template <class Values, int BITS, int BATCH, bool SCALED>
+INLINE void add_rest_of_row(const Section& s, const uint8_t* codes, uint32_t whole, const float* const* x,
+                            const float* scale, size_t k, Values* values, Floats (&sums)[CHAINS][BATCH]) {
+  if (whole < s.units) {
+    return add_unit_of_row<Values, BITS, BATCH, SCALED>(codes, whole, x, scale, k, values, sums);
+  }
+  values->begin(whole, 0, static_cast<int>(s.chunks) * CHUNK_GROUPS);
+  for (uint32_t c = 0; c < s.chunks; ++c, codes += chunk_bytes(BITS), k += CHUNK) {
+    each_chunk_index<BITS>(codes, [&](Ints index, int group) INLINE_LAMBDA {
+      const Floats value = values->value(0, index, c * CHUNK_GROUPS + group);
+      add_group<BATCH, SCALED>(value, x, scale, k + group * LANES, sums[group % CHAINS]);
+    });
+  }
+}
+
 template <template <int, int> class Values, int BITS, int BATCH, bool SCALED>
 void dot_row(const Packed& p, const Section& s, uint32_t number, const float* const* x, float* y) {
   const uint8_t* codes = p.at<uint8_t>(s.codes) + number * s.channel_bytes();
   const float* scale = SCALED ? p.at<float>(p.scale) : nullptr;
+  for (size_t at = 0; at < s.channel_bytes(); at += LINE) __builtin_prefetch(codes + AHEAD_OF_FEW + at);
   Values<BITS, 1> values(p, s, number);
   Floats sums[CHAINS][BATCH];
   UNROLL for (int i = 0; i < CHAINS; ++i) {
     UNROLL for (int b = 0; b < BATCH; ++b) sums[i][b] = zeros();
   }
   const uint32_t whole = p.cols / UNIT, left = p.cols % UNIT;
-  for (uint32_t u = 0; u < whole; ++u) {
-    add_unit_of_row<Values<BITS, 1>, BITS, BATCH, SCALED>(codes + u * unit_bytes(BITS), u, x, scale,
-                                                          static_cast<size_t>(u) * UNIT, &values, sums);
+  size_t k = 0;
+  for (uint32_t u = 0; u < whole; ++u, k += UNIT) {
+    add_unit_of_row<Values<BITS, 1>, BITS, BATCH, SCALED>(codes + u * unit_bytes(BITS), u, x, scale, k, &values, sums);
   }
-  if (left) {  // beside what does not exist: copies, with zeros after them
+  codes += whole * unit_bytes(BITS);
+  if (left == s.chunks * CHUNK && whole == s.units) {
+    add_rest_of_row<Values<BITS, 1>, BITS, BATCH, SCALED>(s, codes, whole, x, scale, k, &values, sums);
+  } else {  // beside what does not exist: copies, with zeros after them
     alignas(LINE) float last[BATCH + 1][UNIT];
     const float* from[BATCH];
-    const size_t begin = static_cast<size_t>(whole) * UNIT;
-    const uint32_t some = whole < s.units ? UNIT : s.chunks * CHUNK;
+    const auto copy = [&](const float* begin, float* to) {
+      memcpy(to, begin + k, left * sizeof(float));
+      memset(to + left, 0, (UNIT - left) * sizeof(float));
+    };
     for (int b = 0; b < BATCH; ++b) {
-      memcpy(last[b], x[b] + begin, left * sizeof(float));
-      memset(last[b] + left, 0, (some - left) * sizeof(float));
+      copy(x[b], last[b]);
       from[b] = last[b];
     }
-    if constexpr (SCALED) {
-      memcpy(last[BATCH], scale + begin, left * sizeof(float));
-      memset(last[BATCH] + left, 0, (some - left) * sizeof(float));
-    }
-    codes += whole * unit_bytes(BITS);
-    if (whole < s.units) {
-      add_unit_of_row<Values<BITS, 1>, BITS, BATCH, SCALED>(codes, whole, from, last[BATCH], 0, &values, sums);
-    } else {
-      values.begin(whole, 0, GROUPS);
-      for (uint32_t c = 0; c < s.chunks; ++c, codes += chunk_bytes(BITS)) {
-        each_chunk_index<BITS>(codes, [&](Ints index, int group) INLINE_LAMBDA {
-          const Floats value = values.value(0, index, c * CHUNK_GROUPS + group);
-          add_group<BATCH, SCALED>(value, from, last[BATCH], (c * CHUNK_GROUPS + group) * LANES, sums[group % CHAINS]);
-        });
-      }
-    }
+    if constexpr (SCALED) copy(scale, last[BATCH]);
+    add_rest_of_row<Values<BITS, 1>, BITS, BATCH, SCALED>(s, codes, whole, from, last[BATCH], 0, &values, sums);
   }
   write_sums(sums, y);
 }

@@ -25,35 +25,37 @@ constexpr struct {
 } TYPE[TYPES] = {{4, 8, "anyquant_2.0"},   {5, 10, "anyquant_2.5"},   {31, 12, "anyquant_3.0"}, {32, 14, "anyquant_3.5"},
                  {33, 17, "anyquant_4.25"}, {37, 21, "anyquant_5.25"}, {38, 34, "anyquant_8.5"}};
 
-// Memory of this thread, for rows of column codebooks. It goes when the thread does.
-struct Cache {
-  void* memory = nullptr;
+// What a thread keeps: where it is, and memory for rows of column codebooks.
+struct Thread {
+  Place place;
+  void* cache = nullptr;
   size_t bytes = 0;
 
-  ~Cache() { std::free(memory); }
+  ~Thread() { std::free(cache); }
   bool reserve(size_t wanted) {
     if (wanted <= bytes) return true;
-    std::free(memory);
+    std::free(cache);
     bytes = (wanted + 63) / 64 * 64;
-    memory = std::aligned_alloc(64, bytes);
-    if (!memory) return bytes = 0, false;
-    std::memset(memory, 0, 64);
+    cache = std::aligned_alloc(64, bytes);
+    if (!cache) return bytes = 0, false;
+    std::memset(cache, 0, 64);
     return true;
   }
 };
-thread_local Cache cache;
+thread_local Thread thread;
 
 template <int I>
 void vec_dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y, size_t by, int nrc) {
   const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
   const float* rows[2] = {static_cast<const float*>(y),
                           reinterpret_cast<const float*>(static_cast<const char*>(y) + by)};
+  Thread& me = thread;
   for (int r = 0; r < nrc; ++r) {
-    uint64_t number = 0;
-    const Tensor* t = tensor_of(static_cast<const char*>(x) + r * bx, columns, stride, &number);
     float found[2] = {NAN, NAN};
-    if (t && cache.reserve(aq_matmul_row_cache(t->packed))) {
-      aq_matmul_row(t->packed, number, rows, static_cast<size_t>(nrc), cache.memory, cache.bytes, found, AQ_LEVEL_BEST);
+    if (go_to(static_cast<const char*>(x) + r * bx, columns, stride, &me.place) &&
+        me.reserve(me.place.tensor->cache_bytes)) {
+      aq_matmul_row(me.place.tensor->packed, me.place.number, rows, static_cast<size_t>(nrc), me.cache, me.bytes, found,
+                    AQ_LEVEL_BEST);
     }
     for (int b = 0; b < nrc; ++b) s[r + b * bs] = found[b];
   }
@@ -62,8 +64,10 @@ void vec_dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y
 template <int I>
 void to_float(const void* x, float* out, int64_t n) {
   const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
-  uint64_t number = 0;
-  if (const Tensor* t = tensor_of(x, columns, stride, &number)) return blob::dequantize(t->header(), number, out);
+  Place& place = thread.place;
+  if (go_to(static_cast<const char*>(x), columns, stride, &place)) {
+    return blob::dequantize(place.tensor->header(), place.number, out);
+  }
   for (int64_t i = 0; i < n; ++i) out[i] = NAN;
 }
 

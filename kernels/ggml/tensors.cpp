@@ -1,5 +1,4 @@
-// See tensors.h. Every row of a product asks for its tensor, so each thread remembers its last one. A host may put another
-// model where one was: header and borders are compared every time.
+// See tensors.h. A host may put another model where one was: header and borders are compared every time.
 
 #include "tensors.h"
 
@@ -21,11 +20,9 @@ struct Known {
 pthread_rwlock_t lock = PTHREAD_RWLOCK_INITIALIZER;
 Known* last_known = nullptr;
 const void* complained_about = nullptr;
-thread_local const Tensor* last_used = nullptr;
 
 bool holds(const Tensor& t, const char* row, uint64_t stride) {
-  if (row < t.begin || row >= t.begin + t.bytes || t.stride != stride || (row - t.begin) % stride) return false;
-  return std::memcmp(&t.header().header_checksum, t.checksums, sizeof(t.checksums)) == 0;
+  return row >= t.begin && row < t.begin + t.bytes && t.stride == stride && (row - t.begin) % stride == 0 && unchanged(t);
 }
 
 // The bytes of this process's memory around an address that can be read and are mapped together.
@@ -94,8 +91,9 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
   auto* known = static_cast<Known*>(std::calloc(1, sizeof(Known)));
   if (!known) return nullptr;
   const char* why = "";
-  known->tensor = {begin, bytes, stride, {header->header_checksum, header->data_checksum}, blob::repack(*header, &why)};
+  known->tensor = {begin, bytes, stride, {header->header_checksum, header->data_checksum}, blob::repack(*header, &why), 0};
   if (!known->tensor.packed) complain(begin, header->name, why);
+  known->tensor.cache_bytes = aq_matmul_row_cache(known->tensor.packed);
   known->before = last_known;
   last_known = known;
   return &known->tensor;
@@ -103,20 +101,19 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
 
 }  // namespace
 
-const Tensor* tensor_of(const void* memory, uint64_t columns, uint64_t stride, uint64_t* number) {
-  const auto* row = static_cast<const char*>(memory);
-  if (!last_used || !holds(*last_used, row, stride)) {
+bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place) {
+  const Tensor* t = place->tensor;
+  if (!t || !holds(*t, row, stride)) {
     pthread_rwlock_rdlock(&lock);
-    last_used = search(row, stride);
+    t = search(row, stride);
     pthread_rwlock_unlock(&lock);
-    if (!last_used) {
+    if (!t) {
       pthread_rwlock_wrlock(&lock);
-      last_used = search(row, stride);  // another thread may have been first
-      if (!last_used) last_used = meet(row, columns, stride);
+      t = search(row, stride);  // another thread may have been first
+      if (!t) t = meet(row, columns, stride);
       pthread_rwlock_unlock(&lock);
     }
   }
-  if (!last_used || !last_used->packed) return nullptr;
-  *number = static_cast<uint64_t>(row - last_used->begin) / stride;
-  return last_used;
+  *place = {t, row, t ? static_cast<uint64_t>(row - t->begin) / stride : 0};
+  return t && t->packed;
 }

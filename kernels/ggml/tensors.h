@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <cstring>
+
 #include "blob.h"
 
 struct Tensor {
@@ -12,10 +14,32 @@ struct Tensor {
   uint64_t stride;
   uint32_t checksums[2];
   void* packed;  // null: damaged
+  size_t cache_bytes;  // that each thread needs for it
 
   const blob::Header& header() const { return *reinterpret_cast<const blob::Header*>(begin); }
 };
 
-// The tensor that this row belongs to, and which row of it that is; null where there is none, or a damaged one. Says so
-// on stderr once for each.
-const Tensor* tensor_of(const void* row, uint64_t columns, uint64_t stride, uint64_t* number);
+// Where a thread is. A product asks for every row, one after the other.
+struct Place {
+  const Tensor* tensor = nullptr;
+  const char* row = nullptr;
+  uint64_t number = 0;
+};
+
+inline bool unchanged(const Tensor& t) {
+  return std::memcmp(&t.header().header_checksum, t.checksums, sizeof(t.checksums)) == 0;
+}
+
+// Goes to a row; false where it is of no tensor, or of a damaged one, which is said on stderr once for each.
+bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place);
+
+inline bool go_to(const char* row, uint64_t columns, uint64_t stride, Place* place) {
+  const Tensor* t = place->tensor;
+  // The next one of the same tensor needs no division.
+  if (!t || row != place->row + stride || t->stride != stride || row >= t->begin + t->bytes || !unchanged(*t)) {
+    return look_up(row, columns, stride, place);
+  }
+  place->row = row;
+  ++place->number;
+  return t->packed != nullptr;
+}
