@@ -215,9 +215,10 @@ def _exportable(checkpoint: Checkpoint, job: Job, forms: Forms) -> Forms:
         reasons |= {name: refusal.reason for name, refusal in refused.items()}
         for name, levels, own in zip(forms.names, kept, chosen, strict=True):
             if name not in refused:
-                # A later form that is written in as many bytes is better. Some kinds share a name, not their bytes.
+                # A later form that is written in as many bytes is better. A type of GGUF is a size, so that of each of
+                # ours its fullest form is left; elsewhere some kinds share a name, not their bytes.
                 level = int(own[0])
-                alike = not isinstance(picked[name], ir.CodebookSpec | ir.AffineSpec)
+                alike = job.target.size_of == "gguf" or not isinstance(picked[name], ir.CodebookSpec | ir.AffineSpec)
                 levels[export.types[name] if alike else level] = level
     for name, levels in zip(forms.names, kept, strict=True):
         if not levels:

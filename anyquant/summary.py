@@ -128,7 +128,6 @@ def mean_losses(model: ir.Model) -> dict[str, float | None]:
 
 def quantized_text(data: dict[str, Any]) -> str:
     """What was written, and what to do with it."""
-    layout = " --layout f16" if "codebook" in data["forms"] else ""
     return "\n".join(
         [
             _bits_line(data),
@@ -137,7 +136,7 @@ def quantized_text(data: dict[str, Any]) -> str:
             f"relative squared error of the matrices: {data['error']:.3e}"
             + (f", of their outputs: {data['output_error']:.3e}" if data["output_error"] is not None else ""),
             f"wrote {data['output']}: {data['bytes']:,} bytes ({mebibytes(data['bytes'])}), tokenizer not counted",
-            f"next: anyquant export gguf {data['output']} -o {data['output']}.gguf{layout}",
+            f"next: anyquant export gguf {data['output']} -o {data['output']}.gguf",
         ]
     )
 

