@@ -173,6 +173,8 @@ def decode(name: str, shape: tuple[int, ...], data: NDArray[np.uint8]) -> ir.Ten
         table = arrays.pop("table", None)
         spec = _spec(header, arrays)
         expected = spec.arrays()
+        if arrays.keys() != expected.keys():
+            raise ValueError("not those of its kind")
         arrays = {key: arrays[key].reshape(expected[key][1]) for key in expected}
     except (KeyError, ValueError, CorruptFileError) as error:
         raise _damaged(name, f"its sections do not fit together ({error})") from None
@@ -211,7 +213,7 @@ def _read_header(name: str, shape: tuple[int, ...], data: NDArray[np.uint8]) -> 
         raise _damaged(name, f"kind {kind} is not known")
     sections: dict[str, bytes] = {}
     for section, offset, length in zip(_SECTIONS[names[kind]], places[::2], places[1::2], strict=False):
-        if not offset:
+        if not offset and not length:
             continue
         if offset % _ALIGNMENT or not HEADER_BYTES <= offset <= used or length > used - offset:
             raise _damaged(name, f"{section} lies at {offset}, {length} bytes, outside of its {used}")

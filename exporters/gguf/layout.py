@@ -21,9 +21,9 @@ from anyquant.exporters.protocol import ExportOptions, Refusal
 _FLOAT = "use --layout f32, which holds every value"
 _HALF = "use --layout f16, which holds every value of a codebook"
 _ROUND = "use --layout f32, or accept rounding with --allow-rounding"
-# llama.cpp computes with these in FP32 only.
-# Of the types of ours it cannot look rows up.
-_LOOKED_UP = ("token_embd.weight",)
+# llama.cpp looks rows up in these, which it cannot in types of ours.
+_LOOKED_UP = ("token_embd.weight", "position_embd.weight", "token_types.weight")
+# It computes with these in FP32 only.
 _ALWAYS_F32 = ("_norm.weight", "position_embd.weight", "token_types.weight", "ffn_gate_inp.weight")
 
 
@@ -199,9 +199,7 @@ def _own_type(spec: custom.Held, gguf: str, why: str) -> str:
         if columns % custom.BLOCK:
             problem = f"rows of {columns} are not whole blocks of {custom.BLOCK}, as all types of ggml have them"
         else:
-            problem = (
-                f"its {8 * spec.nbytes / spec.numel:.2f} bits per weight are more than the largest type of ours has"
-            )
+            problem = f"its {spec.nbytes:,} bytes and a header are more than the largest type of ours has for it"
         raise stock.NotExact(f"{why}, and {problem}")
     return found
 

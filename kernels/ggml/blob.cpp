@@ -25,22 +25,6 @@ struct Crc32Table {
 };
 constexpr Crc32Table TABLE;
 
-// CRC-32 as zlib has it, eight bytes at a time.
-uint32_t crc32(const void* data, size_t bytes) {
-  const auto* p = static_cast<const uint8_t*>(data);
-  uint32_t crc = ~0u;
-  for (; bytes >= 8; bytes -= 8, p += 8) {
-    uint32_t low, high, next = 0;
-    std::memcpy(&low, p, 4);
-    std::memcpy(&high, p + 4, 4);
-    low ^= crc;
-    for (int i = 0; i < 4; ++i) next ^= TABLE.of[7 - i][low >> 8 * i & 255] ^ TABLE.of[3 - i][high >> 8 * i & 255];
-    crc = next;
-  }
-  for (; bytes; --bytes, ++p) crc = TABLE.of[0][(crc ^ *p) & 255] ^ crc >> 8;
-  return ~crc;
-}
-
 // A section; none has no bytes.
 template <class T>
 const T* at(const Header& h, int section) {
@@ -188,13 +172,29 @@ void dequantize_blocks(const Header& h, uint64_t row, float* out) {
 
 }  // namespace
 
+// Eight bytes at a time.
+uint32_t checksum(const void* data, size_t bytes) {
+  const auto* p = static_cast<const uint8_t*>(data);
+  uint32_t crc = ~0u;
+  for (; bytes >= 8; bytes -= 8, p += 8) {
+    uint32_t low, high, next = 0;
+    std::memcpy(&low, p, 4);
+    std::memcpy(&high, p + 4, 4);
+    low ^= crc;
+    for (int i = 0; i < 4; ++i) next ^= TABLE.of[7 - i][low >> 8 * i & 255] ^ TABLE.of[3 - i][high >> 8 * i & 255];
+    crc = next;
+  }
+  for (; bytes; --bytes, ++p) crc = TABLE.of[0][(crc ^ *p) & 255] ^ crc >> 8;
+  return ~crc;
+}
+
 bool begins_at(const void* memory, size_t most, uint64_t columns, uint64_t stride) {
   if (most < HEADER_BYTES || std::memcmp(memory, "AQTENSOR", 8)) return false;
   Header h;
   std::memcpy(&h, memory, sizeof(h));
   const uint32_t said = h.header_checksum;
   h.header_checksum = 0;
-  if (crc32(&h, sizeof(h)) != said || h.version != 1 || h.header_bytes != HEADER_BYTES) return false;
+  if (checksum(&h, sizeof(h)) != said || h.version != 1 || h.header_bytes != HEADER_BYTES) return false;
   if (h.columns != columns || h.stride != stride || !h.rows || h.rows > most / stride) return false;
   return h.used >= HEADER_BYTES && h.used <= h.rows * stride;
 }
@@ -202,7 +202,7 @@ bool begins_at(const void* memory, size_t most, uint64_t columns, uint64_t strid
 void* repack(const Header& h, const char** why) {
   const auto* data = reinterpret_cast<const uint8_t*>(&h);
   *why = "the checksum of its data differs";
-  if (crc32(data + HEADER_BYTES, h.used - HEADER_BYTES) != h.data_checksum) return nullptr;
+  if (checksum(data + HEADER_BYTES, h.used - HEADER_BYTES) != h.data_checksum) return nullptr;
   *why = "its sections do not fit together, or there is no memory for it";
   if (!sections_fit(h) || (h.kind != CODEBOOK && h.kind != BLOCKS && h.kind != AFFINE)) return nullptr;
   return h.kind == CODEBOOK ? repack_codebook(h) : repack_blocks(h);

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "ggml_abi.h"
+#include "memory_map.h"
 #include "tensors.h"
 
 namespace {
@@ -110,24 +111,25 @@ const char* why_not(GetTraits traits, GetCpuTraits cpu, bool named) {
   return nullptr;
 }
 
-// Makes the memory of an entry writable, for as long as it lives.
+// Makes memory writable for as long as it lives, where it is not.
 class Writable {
  public:
-  Writable(const void* at, size_t bytes) {
+  Writable(const void* at, size_t bytes)
+      : changed_(!is_writable(at) || !is_writable(static_cast<const char*>(at) + bytes - 1)) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(at);
     begin_ = address / page * page;
     bytes_ = (address + bytes + page - 1) / page * page - begin_;
-    done_ = mprotect(reinterpret_cast<void*>(begin_), bytes_, PROT_READ | PROT_WRITE) == 0;
+    done_ = !changed_ || mprotect(reinterpret_cast<void*>(begin_), bytes_, PROT_READ | PROT_WRITE) == 0;
   }
   ~Writable() {
-    if (done_) mprotect(reinterpret_cast<void*>(begin_), bytes_, PROT_READ);
+    if (changed_ && done_) mprotect(reinterpret_cast<void*>(begin_), bytes_, PROT_READ);
   }
   explicit operator bool() const { return done_; }
 
  private:
   uintptr_t begin_;
   size_t bytes_;
-  bool done_;
+  bool changed_, done_;
 };
 
 bool add_types(GetTraits traits, GetCpuTraits cpu) {

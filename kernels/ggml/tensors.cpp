@@ -2,9 +2,12 @@
 
 #include "tensors.h"
 
-#include <pthread.h>
+#include "memory_map.h"
 
-#include <cinttypes>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,32 +23,26 @@ struct Known {
 pthread_rwlock_t lock = PTHREAD_RWLOCK_INITIALIZER;
 Known* last_known = nullptr;
 const void* complained_about = nullptr;
+constexpr int MOST_LINES = 20;
 
-bool holds(const Tensor& t, const char* row, uint64_t stride) {
-  return row >= t.begin && row < t.begin + t.bytes && t.stride == stride && (row - t.begin) % stride == 0 && unchanged(t);
+bool is_mapped(const void* address) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char ignored;
+  return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / page * page), 1, &ignored) == 0;
 }
 
-// The bytes of this process's memory around an address that can be read and are mapped together.
-bool mapping_of(const char* address, const char** begin, const char** end) {
-  std::FILE* maps = std::fopen("/proc/self/maps", "r");
-  if (!maps) return false;
-  bool found = false;
-  char line[512], rights[5];
-  uintptr_t from, to;
-  while (!found && std::fgets(line, sizeof(line), maps)) {
-    if (std::sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s", &from, &to, rights) != 3) continue;
-    found = rights[0] == 'r' && reinterpret_cast<uintptr_t>(address) >= from && reinterpret_cast<uintptr_t>(address) < to;
-  }
-  std::fclose(maps);
-  *begin = reinterpret_cast<const char*>(from);
-  *end = reinterpret_cast<const char*>(to);
-  return found;
+// Whether this row is one of a tensor still. Where another model lies now its beginning may be gone, or may have been
+// left as it was, so that the row itself has to be what it was, too.
+bool holds(const Tensor& t, const char* row, uint64_t stride) {
+  if (row < t.begin || row >= t.begin + t.bytes || t.stride != stride || (row - t.begin) % stride) return false;
+  if (!is_mapped(t.begin) || !unchanged(t)) return false;
+  return !t.row_checksums || t.row_checksums[(row - t.begin) / stride] == blob::checksum(row, stride);
 }
 
 // The blob that holds a row: rows lie one after the other, from its beginning on.
 const blob::Header* find(const char* row, uint64_t columns, uint64_t stride) {
   const char *begin, *end;
-  if (!mapping_of(row, &begin, &end)) return nullptr;
+  if (!readable_around(row, &begin, &end)) return nullptr;
   for (const char* at = row;; at -= stride) {
     if (blob::begins_at(at, static_cast<size_t>(end - at), columns, stride)) {
       const auto* header = reinterpret_cast<const blob::Header*>(at);
@@ -63,20 +60,29 @@ const Tensor* search(const char* row, uint64_t stride) {
 }
 
 void complain(const void* about, const char* name, const char* why) {
-  if (complained_about == about) return;
+  static int lines = 0;
+  if (complained_about == about || ++lines > MOST_LINES) return;
   complained_about = about;
-  std::fprintf(stderr, "anyquant: tensor %.63s: %s; its products are not numbers\n", name, why);
+  char shown[64] = {};
+  for (int i = 0; i < 63 && name[i]; ++i) shown[i] = name[i] > ' ' && name[i] < 127 ? name[i] : '?';
+  std::fprintf(stderr, "anyquant: tensor %s: %s; its products are not numbers\n", shown, why);
+  if (lines == MOST_LINES) std::fprintf(stderr, "anyquant: and so on\n");
 }
 
-// Forgets what lies where something else lies now.
-void forget(const char* begin, size_t bytes) {
+// Forgets what lay where a tensor lies now; false where something lies there still, which others may be using.
+bool make_room(const char* begin, size_t bytes) {
   for (Known* k = last_known; k; k = k->before) {
     Tensor& t = k->tensor;
     if (!t.bytes || t.begin >= begin + bytes || begin >= t.begin + t.bytes) continue;
+    const uint64_t past = begin > t.begin ? static_cast<uint64_t>(begin - t.begin) / t.stride : 0;
+    if (holds(t, t.begin + past * t.stride, t.stride)) return false;
     t.bytes = 0;
     std::free(t.packed);
+    std::free(t.row_checksums);
     t.packed = nullptr;
+    t.row_checksums = nullptr;
   }
+  return true;
 }
 
 const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
@@ -87,13 +93,19 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
   }
   const auto* begin = reinterpret_cast<const char*>(header);
   const size_t bytes = header->rows * stride;
-  forget(begin, bytes);
+  if (!make_room(begin, bytes)) {
+    complain(begin, header->name, "lies within another tensor");
+    return nullptr;
+  }
   auto* known = static_cast<Known*>(std::calloc(1, sizeof(Known)));
   if (!known) return nullptr;
   const char* why = "";
-  known->tensor = {begin, bytes, stride, {header->header_checksum, header->data_checksum}, blob::repack(*header, &why), 0};
-  if (!known->tensor.packed) complain(begin, header->name, why);
-  known->tensor.cache_bytes = aq_matmul_row_cache(known->tensor.packed);
+  Tensor& t = known->tensor;
+  t = {begin, bytes, stride, {header->header_checksum, header->data_checksum}, nullptr, blob::repack(*header, &why), 0};
+  if (!t.packed) complain(begin, header->name, why);
+  t.cache_bytes = aq_matmul_row_cache(t.packed);
+  t.row_checksums = static_cast<uint32_t*>(std::malloc(header->rows * sizeof(uint32_t)));
+  for (uint64_t r = 0; t.row_checksums && r < header->rows; ++r) t.row_checksums[r] = blob::checksum(begin + r * stride, stride);
   known->before = last_known;
   last_known = known;
   return &known->tensor;
@@ -102,6 +114,7 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
 }  // namespace
 
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place) {
+  if (!stride) return false;
   const Tensor* t = place->tensor;
   if (!t || !holds(*t, row, stride)) {
     pthread_rwlock_rdlock(&lock);

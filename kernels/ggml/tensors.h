@@ -12,7 +12,8 @@ struct Tensor {
   const char* begin;  // the blob; bytes 0: the memory holds something else by now
   size_t bytes;
   uint64_t stride;
-  uint32_t checksums[2];
+  uint32_t checksums[2];  // of the header and of the data, as the header says
+  uint32_t* row_checksums;  // null: no memory for them
   void* packed;  // null: damaged
   size_t cache_bytes;  // that each thread needs for it
 

@@ -8,8 +8,9 @@ process, hence one of its own. request.json:
     occupied    a number of a type whose entry is taken before the plug-in comes
     threads     so many threads do all steps at once, each in another order
     arena       bytes of the memory that some steps share
+    split       whether the first page of memory gets other settings, so that the kernel lists it apart
     steps       [{number, rows, columns, bytes, at}]: a tensor of the next so many bytes of blobs.bin, in memory of its
-                own, which ends just before a page that nobody may touch, or at a place of the arena, when the step is done
+                own, which ends just before a page that nobody may touch, or, when its turn comes, in the arena at "at"
 """
 
 from __future__ import annotations
@@ -85,10 +86,12 @@ _mapped: list[Any] = []  # kept, so that no address comes twice
 _libc = ctypes.CDLL(None)
 
 
-def _guarded(size: int) -> int:
+def _guarded(size: int, split: bool = False) -> int:
     """Address of new memory that ends at a page without rights, but for what aligns its beginning to 32 bytes."""
     length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, length + mmap.PAGESIZE)
+    if split:
+        memory.madvise(mmap.MADV_DONTDUMP, 0, mmap.PAGESIZE)
     _mapped.append(memory)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert _libc.mprotect(_POINTER(begin + length), _SIZE(mmap.PAGESIZE), 0) == 0
@@ -127,7 +130,9 @@ def do_steps(host: Host, request: dict[str, Any], blobs: bytes) -> dict[str, np.
     for step in steps:
         step["blob"] = blobs[offset : offset + step["bytes"]]
         offset += step["bytes"]
-        places.append(_guarded(step["bytes"]) if step.get("at") is None else arena + step["at"])
+        places.append(
+            _guarded(step["bytes"], request.get("split", False)) if step.get("at") is None else arena + step["at"]
+        )
         if step.get("at") is None:
             ctypes.memmove(places[-1], step["blob"], step["bytes"])
     threads, answer = request.get("threads", 1), {}

@@ -77,7 +77,9 @@ def every_codebook() -> list[ir.Tensor]:
     shapes += [(0, (4, 12800), [bits]) for bits in range(9)] + [(1, (12801, 32), [bits]) for bits in (0, 3, 5, 8)]
     found = [codebook(shape, axis, bits) for axis, shape, bits in shapes]
     for axis, shape, bits in (shapes[0], shapes[2], shapes[4], shapes[5]):
-        found += [codebook(shape, axis, bits, scaled=scaled, outliers=n) for scaled, n in ((True, 0), (False, 19), (True, 19))]
+        found += [
+            codebook(shape, axis, bits, scaled=scaled, outliers=n) for scaled, n in ((True, 0), (False, 19), (True, 19))
+        ]
     return [*found, codebook((2, 65568), 0, [2, 3], outliers=40)]
 
 
@@ -98,10 +100,10 @@ def every_affine() -> list[ir.Tensor]:
 def small() -> list[ir.Tensor]:
     """One of each kind."""
     return [
-        codebook((33, 480), 0, MIXED, scaled=True, outliers=30),
-        codebook((480, 64), 1, MIXED, outliers=30),
-        blocks(ir.BlockSpec((40, 96), "minifloat", 5, 16, 2)),
-        affine(ir.AffineSpec((40, 96), 4, 32)),
+        codebook((9, 1024), 0, MIXED, scaled=True, outliers=30),
+        codebook((96, 32), 1, [2, 0, 3, 1], outliers=9),
+        blocks(ir.BlockSpec((30, 96), "minifloat", 5, 16, 2)),
+        affine(ir.AffineSpec((30, 96), 4, 32)),
     ]
 
 
@@ -118,7 +120,8 @@ class Answer:
         """Of all rows; nothing was written beside them."""
         found, columns = self._arrays[f"{thread}/{step}/values"], self._steps[step]["columns"]
         assert (found[:, columns:] == SENTINEL).all()
-        return found[:, :columns]
+        values: np.ndarray = found[:, :columns]
+        return values
 
     def products(self, step: int, thread: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """[row], of one row of activations; [row, activations] of pairs' first and second; none is written beside."""
@@ -128,10 +131,10 @@ class Answer:
         return single[:, 0], pairs[:, :, 0], pairs[:, :, 1]
 
     def is_nan(self, step: int) -> bool:
-        found = [self.values(step), *self.products(step)]
-        assert len({bool(np.isnan(array).all()) for array in found}) == 1
-        assert not np.isnan(found[0]).any() or np.isnan(found[0]).all()
-        return bool(np.isnan(found[0]).all())
+        """Whether nothing is a number; otherwise all is."""
+        found = np.concatenate([np.isnan(array).ravel() for array in (self.values(step), *self.products(step))])
+        assert found.all() or not found.any()
+        return bool(found.all())
 
     def assert_of(self, step: int, tensor: ir.Tensor, thread: int = 0) -> None:
         """Values to the last bit, products near those in FP64."""
@@ -154,10 +157,13 @@ Ask = Callable[..., Answer]
 def ask(tmp_path: Path) -> Ask:
     """ask([(name of the type, shape, blob, place or None), ...], environment, **request) -> what the driver found."""
     found = importlib.util.find_spec("libggml")
-    folders = [Path(folder) for folder in (found.submodule_search_locations or ())] if found else []
-    libraries = [str(path / "lib64" / f"libggml-{part}.so") for path in folders[:1] for part in ("base", "cpu")]
-    if not libraries:
+    folders = [
+        Path(folder) / sub for folder in (found and found.submodule_search_locations) or () for sub in ("lib64", "lib")
+    ]
+    folder = next((folder for folder in folders if (folder / "libggml-cpu.so").is_file()), None)
+    if folder is None:
         pytest.skip("libggml-python is not installed")
+    libraries = [str(folder / f"libggml-{part}.so") for part in ("base", "cpu")]
 
     def run(tensors: list[Any], environment: dict[str, str] | None = None, **request: Any) -> Answer:
         steps = []
@@ -258,16 +264,26 @@ def test_threads_at_once(ask: Ask) -> None:
 
 
 def test_another_tensor_in_the_same_memory(ask: Ask) -> None:
-    """At the same place, of the same and of other sizes; and at another that overlaps; and the first one again."""
-    tensors = [*small(), codebook((33, 480), 0, MIXED, seed=1), small()[0]]
-    places = [0, 0, 0, 0, 0, 0]
-    tensors += [codebook((33, 480), 0, MIXED, seed=seed) for seed in range(2, 6)]
-    stride = 480 // 32 * custom.TYPES[encoded(tensors[0])[0]][1]
-    places += [32 * stride, 0, 16 * stride, 64]  # on rows of the one before, and between them
-    answer = ask([(*encoded(tensor), at) for tensor, at in zip(tensors, places, strict=True)], arena=1 << 20)
+    """At the same place, of the same sizes and of others, and the first one again; then over the beginning of it."""
+    tensors = [*small(), codebook((9, 1024), 0, MIXED, scaled=True, outliers=30, seed=1), small()[0]]
+    steps = [(*encoded(tensor), 1 << 16) for tensor in tensors]
+    name, (_, columns), _, place = steps[-1]
+    stride = columns // 32 * custom.TYPES[name][1]
+    for seed, before in ((2, 8 * stride), (3, 8 * stride + 32), (4, 9 * stride)):  # on its rows and between them
+        tensors.append(codebook((9, 1024), 0, MIXED, scaled=True, outliers=30, seed=seed))
+        steps.append((*encoded(tensors[-1]), place - before))
+    answer = ask(steps, arena=1 << 20)
     assert answer.errors == []
     for step, tensor in enumerate(tensors):
         answer.assert_of(step, tensor)
+
+
+def test_memory_that_is_mapped_in_parts(ask: Ask) -> None:
+    """As that of llama.cpp's --mlock is where it may lock only some."""
+    tensor = codebook((64, 2048), 0, 3)
+    answer = ask([encoded(tensor)], split=True)
+    assert answer.errors == []
+    answer.assert_of(0, tensor)
 
 
 def test_damage_is_not_a_number_and_named_once(ask: Ask) -> None:
@@ -293,63 +309,58 @@ def test_foreign_bytes_are_not_numbers(ask: Ask) -> None:
     answer = ask([*tensors, wrong, (name, shape, headless), (name, shape, blob)])
     assert [answer.is_nan(step) for step in range(6)] == [True] * 5 + [False]
     answer.assert_of(5, small()[0])
-    assert set(answer.errors) == {STRAY}
+    assert set(answer.errors) == {STRAY, "anyquant: and so on"}  # after twenty
 
 
 def test_any_flipped_bits_are_not_numbers_or_harmless(ask: Ask) -> None:
     """Of headers and of data; harmless after the end of what is used, whose bytes belong to nobody."""
     rng, tensors = np.random.default_rng(0), small()
-    blobs = [encoded(tensor) for tensor in tensors]
-    steps, harmless = [], []
+    steps, harmless, place = [], [], 0
     for i in range(300):
-        name, shape, blob = blobs[i % 4]
+        name, shape, blob = encoded(tensors[i % 4], f"tensor {i}")
         flipped, (used,) = blob.copy(), struct.unpack_from("<Q", blob.data, 24)
         places = rng.integers(0, 256 if i % 3 == 0 else blob.size, rng.integers(1, 4))
         flipped[places] ^= (1 << rng.integers(0, 8, len(places))).astype(np.uint8)
-        steps.append((name, shape, flipped))
+        steps.append((name, shape, flipped, place))
+        place += -(-blob.size // 32) * 32  # one after the other, as in a file
         harmless.append(bool((flipped[:used] == blob[:used]).all()))
-    assert 0 < sum(harmless) < 100
-    answer = ask(steps)
+    assert 5 < sum(harmless) < 100
+    answer = ask(steps, arena=place)
     for step, fine in enumerate(harmless):
         assert answer.is_nan(step) is not fine
         if fine:
             answer.assert_of(step, tensors[step % 4])
 
 
+FIELDS = [(24, "Q"), (52, "B"), (53, "B"), (54, "B"), (55, "B"), (56, "I"), *((at, "Q") for at in range(64, 192, 8))]
+
+
+def forged(rng: np.random.Generator, blob: np.ndarray) -> np.ndarray:
+    """Some other bytes of data and fields of the header, and checksums that fit them."""
+    blob = blob.copy()
+    for at in rng.integers(256, blob.size, rng.integers(0, 4)):
+        blob[at] = rng.integers(0, 256)
+    for offset, code in (FIELDS[i] for i in rng.integers(0, len(FIELDS), rng.integers(0, 3))):
+        was = struct.unpack_from(f"<{code}", blob.data, offset)[0]
+        other = [0, 1, 2, 3, 9, 64, 255, was + 1, was + 2, was + 64, was - 1, was - 64, 2**40, 2**63 - 1]
+        struct.pack_into(f"<{code}", blob.data, offset, int(rng.choice(other)) % 256 ** struct.calcsize(code))
+    used = max(256, min(struct.unpack_from("<Q", blob.data, 24)[0], blob.size))
+    struct.pack_into("<II", blob.data, 16, 0, zlib.crc32(blob[256:used].data))
+    struct.pack_into("<I", blob.data, 16, zlib.crc32(blob[:256].data))
+    return blob
+
+
 def test_forged_blobs_do_no_harm(ask: Ask) -> None:
-    """Checksums that fit whatever stands there: a tensor where the reader takes it for one, and no crash elsewhere."""
+    """No crash, and what Python reads as a tensor has these very values, or none where only the plug-in refuses."""
     rng, blobs = np.random.default_rng(1), [encoded(tensor) for tensor in small()]
-    fields = [
-        (24, "Q"),
-        (52, "B"),
-        (53, "B"),
-        (54, "B"),
-        (55, "B"),
-        (56, "I"),
-        *((at, "Q") for at in range(64, 192, 8)),
-    ]
-    steps, expected = [], []
-    for i in range(600):
-        name, shape, blob = blobs[i % 4]
-        forged = blob.copy()
-        for at in rng.integers(256, blob.size, rng.integers(0, 4)):
-            forged[at] = rng.integers(0, 256)
-        for offset, code in (fields[j] for j in rng.integers(0, len(fields), rng.integers(0, 3))):
-            was = struct.unpack_from(f"<{code}", blob.data, offset)[0]
-            value = int(
-                rng.choice([0, 1, 2, 3, 9, 64, 255, was + 1, was + 2, was + 64, was - 1, was - 64, 2**40, 2**63 - 1])
-            )
-            struct.pack_into(f"<{code}", forged.data, offset, value % 256 ** struct.calcsize(code))
-        used = max(256, min(struct.unpack_from("<Q", forged.data, 24)[0], forged.size))
-        struct.pack_into("<II", forged.data, 16, 0, zlib.crc32(forged[256:used].data))
-        struct.pack_into("<I", forged.data, 16, zlib.crc32(forged[:256].data))
-        steps.append((name, shape, forged))
+    steps = [(name, shape, forged(rng, blob)) for name, shape, blob in blobs * 100]
+    answer, taken = ask(steps), 0
+    for step, (_, shape, blob) in enumerate(steps):
         try:
-            expected.append(custom.decode("w", shape, forged))
+            tensor = custom.decode("w", shape, blob)
         except CorruptFileError:
-            expected.append(None)
-    assert 100 < sum(tensor is not None for tensor in expected) < 500
-    answer = ask(steps)
-    for step, tensor in enumerate(expected):
-        if tensor is not None:
+            continue
+        if not answer.is_nan(step):
             answer.assert_of(step, tensor)
+            taken += 1
+    assert 50 < taken < 300
