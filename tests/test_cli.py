@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from tests.conftest import Result
 
 METHODS = ["affine", "block", "claq", "cmpq", "ggml", "skim"]
-VERBS = ["inspect", "plan", "sweep", "quantize", "report", "export", "validate", "exporters", "methods", "doctor"]
+VERBS = [
+    "inspect", "plan", "sweep", "quantize", "report", "export", "validate", "exporters", "methods", "plugin", "doctor",
+]  # fmt: skip
 
 
 def test_all_verbs_are_there() -> None:
