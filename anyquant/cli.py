@@ -355,8 +355,10 @@ def _list_plugins(out: Output, group: str) -> None:
 def plugin(out: Output, runner: str) -> None:
     """Print where the plug-in lies that gives ggml the tensor types of our GGUF files.
 
+    docs/gguf-format.md says which runners take it, and how.
+
     \b
-    Example: GGML_BACKEND_PATH=$(anyquant plugin ggml) llama-server -m small.gguf
+    Example: anyquant plugin ggml
     """
     from anyquant.runtime import ggml_plugin
 
