@@ -1,9 +1,11 @@
 // Packs random matrices and multiplies with them, every buffer an allocation of its own of the exact size, parts in
 // threads of their own: for the sanitizers. Exit code 0 if all levels agree.
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -22,8 +24,35 @@ struct Aligned {
   ~Aligned() { std::free(memory); }
 };
 
+// Whether rows asked for one at a time, by two threads, are those of the product. x has no byte beyond its end.
+int multiply_by_row(const void* packed, uint64_t rows, uint64_t cols, size_t batch, const float* x,
+                    const std::vector<float>& expected) {
+  const size_t some = batch < 2 ? 1 : 2, size = aq_matmul_row_cache(packed);
+  const float* from[2] = {x + (batch - some) * cols, x + (batch - 1) * cols};
+  for (int level = AQ_LEVEL_SCALAR; level <= aq_matmul_level(); ++level) {
+    std::atomic<int> wrong{0};
+    const auto work = [&](uint64_t begin) {
+      const Aligned cache(size);
+      std::memset(cache.memory, 0, 64);
+      for (uint64_t row = begin; row < rows; row += 2) {
+        float y[2] = {NAN, NAN};
+        if (aq_matmul_row(packed, row, from, some, cache.memory, size, y, level) != AQ_OK) wrong = 9;
+        for (size_t b = 0; b < some; ++b) {
+          const float other = expected[(batch - some + b) * rows + row];
+          if (!(std::fabs(y[b] - other) <= 1e-5f * static_cast<float>(cols))) wrong = 10;
+        }
+      }
+    };
+    std::thread another(work, 1);
+    work(0);
+    another.join();
+    if (wrong) return wrong;
+  }
+  return 0;
+}
+
 // Whether all levels give the same product with a packed matrix.
-int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch) {
+int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch, bool by_row) {
   std::vector<float> x(batch * cols), first;
   for (float& each : x) each = static_cast<float>(random_below(2001)) / 1000.f - 1.f;
   const size_t size = aq_matmul_workspace(packed, batch);
@@ -58,7 +87,7 @@ int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch) {
   for (size_t i = 0; i < y.size(); ++i) {
     if (y[i] != z[i] || !(std::fabs(y[i] - first[i]) <= 1e-5f * static_cast<float>(cols))) return 8;
   }
-  return 0;
+  return by_row ? multiply_by_row(packed, rows, cols, batch, x.data(), first) : 0;
 }
 
 int check_codebooks(uint64_t rows, uint64_t cols, int axis, int least, int most, bool scaled, uint32_t outliers,
@@ -85,14 +114,14 @@ int check_codebooks(uint64_t rows, uint64_t cols, int axis, int least, int most,
     indptr[row + 1] = static_cast<uint32_t>(index.size());
   }
   const aq_codebook_matrix matrix = {
-      rows, cols, axis, 4, bits.data(), bits.size(), codes.data(), codes.size(), codebook.data(), codebook.size(),
+      rows, cols, axis, 4, random_below(2) != 0, bits.data(), bits.size(), codes.data(), codes.size(), codebook.data(), codebook.size(),
       scaled ? scale.data() : nullptr, scale.size(), outliers ? indptr.data() : nullptr, indptr.size(),
       index.data(), index.size(), value.data(), value.size()};
   const size_t bytes = aq_matmul_bytes(&matrix);
   if (!bytes) return 1;
   const Aligned packed(bytes);
   if (aq_matmul_pack(&matrix, packed.memory, bytes) != AQ_OK) return 2;
-  return multiply(packed.memory, rows, cols, batch);
+  return multiply(packed.memory, rows, cols, batch, matrix.by_row);
 }
 
 int check_blocks(uint64_t rows, uint64_t cols, int bits, int block, bool with_table, bool with_zero, size_t batch) {
@@ -107,14 +136,14 @@ int check_blocks(uint64_t rows, uint64_t cols, int bits, int block, bool with_ta
   const bool bfloat = random_below(2);
   for (uint16_t& each : scale) each = bfloat ? 0x3c00 : 0x2000;  // 1/128
   const aq_block_matrix matrix = {
-      rows, cols, bits, block, bfloat, codes.data(), codes.size(), recode.data(), recode.size(),
+      rows, cols, bits, block, bfloat, random_below(2) != 0, codes.data(), codes.size(), recode.data(), recode.size(),
       with_table ? table.data() : nullptr, table.size(), scale.data(), scale.size(),
       with_zero ? zero.data() : nullptr, with_zero ? zero.size() : 0};
   const size_t bytes = aq_matmul_block_bytes(&matrix);
   if (!bytes) return 5;
   const Aligned packed(bytes);
   if (aq_matmul_pack_blocks(&matrix, packed.memory, bytes) != AQ_OK) return 6;
-  return multiply(packed.memory, rows, cols, batch);
+  return multiply(packed.memory, rows, cols, batch, matrix.by_row);
 }
 
 }  // namespace
