@@ -60,9 +60,10 @@ def test_what_plan_promises_is_written(invoke: Invoke, tiny_llama: Path, tmp_pat
     assert BITS[method] - 0.5 < made["bits"] <= BITS[method] + 1e-9
     done = invoke("export", "gguf", tmp_path / "out", "-o", tmp_path / "f32.gguf", "--layout", "f32", "--json")
     assert done.code == 0, done.err
-    stock = invoke("export", "gguf", tmp_path / "out", "-o", tmp_path / "stock.gguf", "--json")
-    # Rows of 64 and 96: the others make what no stock type holds, here or at all.
-    assert stock.code == (0 if method in ("block", "ggml") else 2), stock.err
+    native = invoke("export", "gguf", tmp_path / "out", "-o", tmp_path / "native.gguf", "--json")
+    # In types of ours where no stock one is exact; of matrices as small as these some are larger than the largest.
+    assert native.code == 0 or (native.code == 2 and "more than the largest type" in native.err), native.err
+    assert native.code == 0 or method not in ("block", "ggml", "skim")
     if method == "ggml":  # the other kinds have ONNX tests of their own
         onnx = invoke("export", "onnx", tmp_path / "out", "-o", tmp_path / "onnx", "--json")
         assert onnx.code == 0, onnx.err
