@@ -37,10 +37,7 @@ def path() -> Path:
     Raises:
         MachineError: it was not built.
     """
-    found = native.path_of(LIBRARY)
-    if found is None:
-        raise MachineError(f"the plug-in for ggml is not available: {native.missing(LIBRARY)}")
-    return found
+    return native.required(LIBRARY, "the plug-in for ggml is")
 
 
 def register() -> None:

@@ -36,7 +36,7 @@ _FUNCTIONS: dict[str, list[type]] = {
     "aq_matmul_pack_blocks": [ctypes.c_void_p, *_BUFFER],
     "aq_matmul_prepare": [ctypes.c_void_p, ctypes.c_void_p, _SIZE, *_BUFFER],
     "aq_matmul_run": [ctypes.c_void_p, _SIZE, *[ctypes.c_void_p] * 2, _SIZE, _SIZE, _BITS],
-    "aq_matmul_row": [
+    "aq_matmul_band": [
         ctypes.c_void_p,
         ctypes.c_uint64,
         ctypes.c_void_p,
@@ -54,7 +54,7 @@ _SIZES: dict[str, list[type]] = {
     "aq_refine_workspace": [_SIZE, _INT32],
     "aq_matmul_bytes": [ctypes.c_void_p],
     "aq_matmul_block_bytes": [ctypes.c_void_p],
-    "aq_matmul_row_cache": [ctypes.c_void_p],
+    "aq_matmul_band_workspace": [ctypes.c_void_p],
     "aq_matmul_workspace": [ctypes.c_void_p, _SIZE],
 }
 """Functions that return a number of bytes."""
@@ -83,6 +83,22 @@ def path_of(name: str) -> Path | None:
     # In an editable install the package has two folders, of sources and of what was compiled.
     candidates = [Path(folder) / "_lib" / name for folder in anyquant.__path__]
     return None if _switched_off() else next((path for path in candidates if path.is_file()), None)
+
+
+def required(name: str, words: str) -> Path:
+    """A library that was compiled with anyquant.
+
+    Args:
+        name: of the file.
+        words: what it is to the user, with "is" or "are".
+
+    Raises:
+        MachineError: it was not built, or is switched off; says what to do.
+    """
+    found = path_of(name)
+    if found is None:
+        raise MachineError(f"{words} not available: {missing(name)}")
+    return found
 
 
 def missing(name: str) -> str:

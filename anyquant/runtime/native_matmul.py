@@ -15,6 +15,8 @@ from anyquant.ir.packing import pack
 from anyquant.runtime import native
 
 _ALIGNMENT = 64
+BAND = 16
+"""Rows of a band: AQ_BAND."""
 _CODEBOOK = ("bits", "codes", "codebook", "input_scale", "outlier_indptr", "outlier_index", "outlier_value")
 _BLOCKS = ("codes", "recode", "table", "scale", "zero")
 _SIDES = [("rows", ctypes.c_uint64), ("cols", ctypes.c_uint64)]
@@ -41,7 +43,7 @@ class _CodebookMatrix(ctypes.Structure):
         *_SIDES,
         ("axis", ctypes.c_int32),
         ("index_bytes", ctypes.c_int32),
-        ("by_row", ctypes.c_int32),
+        ("in_bands", ctypes.c_int32),
         *((f"{name}{end}", kind) for name in _CODEBOOK for end, kind in _ARRAY),
     ]
 
@@ -54,7 +56,7 @@ class _BlockMatrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("block", ctypes.c_int32),
         ("bfloat", ctypes.c_int32),
-        ("by_row", ctypes.c_int32),
+        ("in_bands", ctypes.c_int32),
         *((f"{name}{end}", kind) for name in _BLOCKS for end, kind in _ARRAY),
     ]
 
@@ -76,12 +78,13 @@ class PackedMatrix:
         packed: uint8, from the border of a cache line on.
     """
 
-    def __init__(self, tensor: Tensor, *, by_row: bool = False) -> None:
+    def __init__(self, tensor: Tensor, *, in_bands: bool = False) -> None:
         """Repack a tensor, which is not needed after that.
 
         Args:
             tensor: of the kind codebook, block or affine, as :meth:`anyquant.ir.Tensor.check` finds it good.
-            by_row: for hosts that ask for one row at a time, as llama.cpp does.
+            in_bands: for hosts that ask for one row after the other, as llama.cpp does: for
+                :meth:`multiply_in_bands` alone where codebooks do not belong to columns.
 
         Raises:
             TypeError: it is of another kind.
@@ -99,7 +102,7 @@ class PackedMatrix:
         else:
             raise TypeError(f"matrices of the kind {spec.kind} cannot be packed")
         self.shape = matrix.rows, matrix.cols = spec.shape[0], spec.shape[1]
-        matrix.by_row = by_row
+        matrix.in_bands = in_bands
         for name, array in arrays.items():
             setattr(matrix, name, array.ctypes.data)
             setattr(matrix, f"{name}_len", array.size)
@@ -144,8 +147,8 @@ class PackedMatrix:
             )  # fmt: skip
         return y
 
-    def multiply_by_row(self, x: NDArray[np.float32], level: Level = Level.BEST) -> NDArray[np.float32]:
-        """The same, asked for as llama.cpp does: row after row, for one or two rows of activations at a time.
+    def multiply_in_bands(self, x: NDArray[np.float32], level: Level = Level.BEST) -> NDArray[np.float32]:
+        """The same, done as for llama.cpp: a band of sixteen rows for one or two rows of activations at a time.
 
         Args:
             x: float32 [batch, in].
@@ -154,20 +157,21 @@ class PackedMatrix:
         Returns:
             float32 [batch, out].
         """
-        library, about = native.library(), f"rows of a matrix {list(self.shape)}"
-        cache = _aligned(library.aq_matmul_row_cache(self.packed.ctypes.data))
-        cache[:_ALIGNMENT] = 0
-        y = np.empty((len(x), self.shape[0]), np.float32)
-        found = np.empty(2, np.float32)
+        library, about = native.library(), f"bands of a matrix {list(self.shape)}"
+        workspace = _aligned(library.aq_matmul_band_workspace(self.packed.ctypes.data))
+        workspace[:_ALIGNMENT] = 0
+        bands = -(-self.shape[0] // BAND)
+        y = np.empty((len(x), bands * BAND), np.float32)
+        found = np.empty((2, BAND), np.float32)
         for first in range(0, len(x), 2):
             some = np.array([each.ctypes.data for each in x[first : first + 2]], np.uint64)
-            for row in range(self.shape[0]):
+            for band in range(bands):
                 native.call(
-                    "aq_matmul_row", about, self.packed.ctypes.data, row, some.ctypes.data, len(some),
-                    cache.ctypes.data, cache.nbytes, found.ctypes.data, level,
+                    "aq_matmul_band", about, self.packed.ctypes.data, band, some.ctypes.data, len(some),
+                    workspace.ctypes.data, workspace.nbytes, found.ctypes.data, level,
                 )  # fmt: skip
-                y[first : first + 2, row] = found[: len(some)]
-        return y
+                y[first : first + 2, band * BAND : (band + 1) * BAND] = found[: len(some)]
+        return y[:, : self.shape[0]]
 
 
 def _codebook(spec: CodebookSpec, tensor: Tensor) -> tuple[_CodebookMatrix, Arrays]:

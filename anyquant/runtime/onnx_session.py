@@ -40,10 +40,7 @@ def operators() -> Path:
     Raises:
         MachineError: there is none.
     """
-    path = native.path_of(LIBRARY)
-    if path is None:
-        raise MachineError(f"the operators for ONNX Runtime are not available: {native.missing(LIBRARY)}")
-    return path
+    return native.required(LIBRARY, "the operators for ONNX Runtime are")
 
 
 def operators_beside(file: Path) -> Path | None:

@@ -26,7 +26,7 @@ typedef struct aq_codebook_matrix {
   uint64_t rows, cols;            /* 1..2^31-1 each: outputs, inputs */
   int32_t axis;                   /* 0: each row has a codebook; 1: each column */
   int32_t index_bytes;            /* of an outlier's index: 2 or 4 */
-  int32_t by_row;                 /* 1: for aq_matmul_row */
+  int32_t in_bands;               /* 1: for aq_matmul_band, and where axis is 0 for it alone */
   const uint8_t* bits;            /* of each channel, 0..8 */
   size_t bits_len;
   const uint8_t* codes;           /* bit streams, one channel after the other, each padded to a byte */
@@ -50,7 +50,7 @@ typedef struct aq_block_matrix {
   int32_t bits;           /* of a code, 1..8 */
   int32_t block;          /* columns that share a scale: 16, 32, 64, 128 or 256; the last of a row may have fewer */
   int32_t bfloat;         /* scales are FP16 (0), or the high halves of FP32 numbers (1) */
-  int32_t by_row;         /* 1: for aq_matmul_row */
+  int32_t in_bands;       /* 1: for aq_matmul_band alone */
   const uint8_t* codes;   /* bit streams, a row of whole blocks after the other, each padded to a byte */
   size_t codes_len;
   const uint8_t* recode;  /* none, or 2^bits: the code, below 2^bits, that each stands for below */
@@ -91,12 +91,14 @@ AQ_API int aq_matmul_level(void);
 AQ_API int aq_matmul_run(const void* packed, size_t batch, const void* workspace, float* y, size_t part, size_t parts,
                          int level);
 
-/* For hosts that ask for one row at a time, of a matrix that was packed by_row: y [batch], batch 1 or 2, of the rows of
- * activations x. cache: memory of this thread alone, aligned to 64 bytes, with aq_matmul_row_cache(packed) bytes, where rows
- * of column codebooks stay decoded, since they come sixteen at a time; its first 64 bytes are zero before the first call. */
-AQ_API size_t aq_matmul_row_cache(const void* packed);
-AQ_API int aq_matmul_row(const void* packed, uint64_t row, const float* const* x, size_t batch, void* cache,
-                         size_t cache_len, float* y, int level);
+/* For hosts that ask for one row after the other, of a matrix that was packed in_bands: y [batch][AQ_BAND] of the rows
+ * from band * AQ_BAND on that there are; batch 1 or 2, x: rows of activations as they come, unprepared. workspace: memory
+ * of this thread alone, aligned to 64 bytes; its first 64 bytes are zero before the first call. It may be used for other
+ * matrices, too. The size is 0 where the matrix was not packed in_bands. */
+#define AQ_BAND 16
+AQ_API size_t aq_matmul_band_workspace(const void* packed);
+AQ_API int aq_matmul_band(const void* packed, uint64_t band, const float* const* x, size_t batch, void* workspace,
+                          size_t workspace_len, float* y, int level);
 
 /* All of that, in so many threads: those that the library keeps, of which the first such call makes as many as it needs,
  * and this one. While they are at work for another call this thread does it alone. */

@@ -58,22 +58,6 @@ Border border(const Packed& p, size_t part, size_t parts) {
   return {p.sections, 0};
 }
 
-// Of the sorted row in this place. x: prepared activations.
-void add_outliers_of_row(const Packed& p, uint32_t place, const float* x, int batch, float* y) {
-  const Outliers outliers(p);
-  const uint32_t begin = outliers.indptr[place], end = outliers.indptr[place + 1];
-  const uint32_t row = p.at<uint32_t>(p.order)[place];
-  for (int b = 0; b < batch; ++b, x += x_stride(p), y += p.rows) {
-    float sums[4] = {};  // one after the other would wait for each sum
-    uint32_t i = begin;
-    for (; end - i >= 4; i += 4) {
-      for (int j = 0; j < 4; ++j) sums[j] += outliers.delta[i + j] * x[outliers.index[i + j]];
-    }
-    for (; i < end; ++i) sums[0] += outliers.delta[i] * x[outliers.index[i]];
-    y[row] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  }
-}
-
 // Of the columns of a section, in one half of a unit of rows; sums [batch][HALF_UNIT].
 void add_outliers_of_columns(const Packed& p, const Section& s, uint32_t half, const float* x, int batch, float* sums) {
   const Outliers outliers(p);
@@ -101,7 +85,9 @@ void run_rows(const Packed& p, const Kernels& kernels, const float* x, size_t ba
         for (int j = 0; j < some; ++j) to[static_cast<size_t>(j) * p.rows] = value * constants[b + j];
       }
       if (!p.outliers || (s.bits && some > FEW)) continue;
-      for (uint32_t row = begin; row < end; ++row) add_outliers_of_row(p, s.first + row, in, some, out);
+      for (uint32_t row = begin; row < end; ++row) {
+        add_outliers_of_row(p, s.first + row, in, some, out + order[s.first + row], p.rows);
+      }
     }
   }
 }
@@ -149,13 +135,13 @@ extern "C" int aq_matmul_level(void) { return best_level; }
 
 extern "C" size_t aq_matmul_workspace(const void* packed, size_t batch) {
   const Packed* p = packed_at(packed);
-  return p ? prepared_rows(*p, batch) * (x_stride(*p) + 1) * sizeof(float) : 0;
+  return p && !p->bands ? prepared_rows(*p, batch) * (x_stride(*p) + 1) * sizeof(float) : 0;
 }
 
 extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace,
                                  size_t workspace_len) {
   const Packed* p = packed_at(packed);
-  if (!p) return AQ_BAD_ARGUMENT;
+  if (!p || p->bands) return AQ_BAD_ARGUMENT;
   if (!batch) return AQ_OK;  // memory for nothing may lie anywhere
   if (!x || !workspace || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
   if (workspace_len < aq_matmul_workspace(packed, batch)) return AQ_BAD_LENGTH;
@@ -183,7 +169,7 @@ extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batc
 extern "C" int aq_matmul_run(const void* packed, size_t batch, const void* workspace, float* y, size_t part,
                              size_t parts, int level) {
   const Packed* p = packed_at(packed);
-  if (!p || !parts || part >= parts || (batch && (!workspace || !y))) return AQ_BAD_ARGUMENT;
+  if (!p || p->bands || !parts || part >= parts || (batch && (!workspace || !y))) return AQ_BAD_ARGUMENT;
   const Kernels* kernels = kernels_of(level);
   if (!kernels) return level < AQ_LEVEL_BEST || level > AQ_LEVEL_AVX512 ? AQ_BAD_ARGUMENT : AQ_UNSUPPORTED;
   const auto* x = static_cast<const float*>(workspace);

@@ -20,6 +20,7 @@ namespace {
 
 // As registers suffice.
 constexpr int rows_together(int, int batch) { return batch > 1 ? 1 : 2; }
+constexpr int BAND_TOGETHER = 2;
 constexpr int groups_together(int) { return 4; }
 constexpr int MANY_ROWS = 2, MANY_BATCH = 2;  // of the tiles of sums for many rows of activations
 
@@ -29,11 +30,11 @@ constexpr int MANY_ROWS = 2, MANY_BATCH = 2;  // of the tiles of sums for many r
 #include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
-#include "matmul_row.h"
+#include "matmul_band.h"
 
 }  // namespace
 
-const Kernels avx2_kernels = {rows, columns, one_row, decode_rows_of_columns, dense_row};
+const Kernels avx2_kernels = {rows, columns, band};
 
 }  // namespace matmul
 #endif

@@ -23,6 +23,7 @@ namespace {
 
 // As registers suffice.
 constexpr int rows_together(int bits, int batch) { return bits == 6 ? 2 : bits > 4 ? (batch == 1 ? 4 : 2) : batch <= 2 ? 8 : 4; }
+constexpr int BAND_TOGETHER = 4;
 constexpr int groups_together(int batch) { return batch == 1 ? 16 : batch == 2 ? 8 : 4; }
 constexpr int MANY_ROWS = 4, MANY_BATCH = 6;  // of the tiles of sums for many rows of activations
 
@@ -32,11 +33,11 @@ constexpr int MANY_ROWS = 4, MANY_BATCH = 6;  // of the tiles of sums for many r
 #include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
-#include "matmul_row.h"
+#include "matmul_band.h"
 
 }  // namespace
 
-const Kernels avx512_kernels = {rows, columns, one_row, decode_rows_of_columns, dense_row};
+const Kernels avx512_kernels = {rows, columns, band};
 
 }  // namespace matmul
 #endif

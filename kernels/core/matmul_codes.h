@@ -84,6 +84,12 @@ struct Codebooks {
     const uint16_t* entries = p.at<uint16_t>(s.tables) + row * table_entries(BITS);
     UNROLL for (int r = 0; r < ROWS; ++r) load_table<BITS>(entries + r * table_entries(BITS), &table[r]);
   }
+  // Rows of bands, whose records are so many bytes apart.
+  INLINE Codebooks(const Packed&, uint32_t, const uint8_t* records, size_t bytes) {
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      load_table<BITS>(reinterpret_cast<const uint16_t*>(records + r * bytes), &table[r]);
+    }
+  }
   INLINE void begin(uint32_t, int, int) {}
   INLINE Floats value(int r, Ints index, int) const { return lookup(table[r], index); }
 };
@@ -97,6 +103,9 @@ struct Scaled {
   float scale[ROWS][GROUPS] = {}, shift[ROWS][GROUPS] = {};  // finite where padding has no block
 
   INLINE Scaled(const Packed& p, const Section&, uint32_t row) : p(p), row(row) {
+    load_table<BITS>(p.at<float>(p.blocks.table), &table);
+  }
+  INLINE Scaled(const Packed& p, uint32_t row, const uint8_t*, size_t) : p(p), row(row) {
     load_table<BITS>(p.at<float>(p.blocks.table), &table);
   }
   // Of groups group..group+count-1 of a unit, or of the chunks that are left.

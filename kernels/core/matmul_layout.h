@@ -13,8 +13,10 @@
 // A chunk has 4 groups; up to 4 bits they are nibbles of 16-bit words, else bytes of 32-bit words.
 //
 // In memory channels are interleaved in tiles, so that one thread reads one stream: [tile][unit][word][channel of the
-// tile], then [chunk][channel of the tile]. Rows with codebooks have tiles of 8, and of 1 where fewer than 8 are left, or
-// where the host asks for one at a time.
+// tile], then [chunk][channel of the tile]. Rows with codebooks have tiles of 8, and of 1 where fewer than 8 are left.
+//
+// For hosts that ask for bands of 16 rows, a row is a record of its table and its codes, [unit][word], then [chunk]; the
+// records of a band lie together, by section.
 #pragma once
 
 #include <stddef.h>
@@ -32,6 +34,7 @@ constexpr uint64_t MOST_SIDE = 0x7fffffff;
 constexpr int MOST_OF_ROWS = 132, MOST_OF_COLUMNS = 66;  // rows of activations that one pass over the codes serves
 constexpr int HALF_UNIT = UNIT / 2;  // rows that are done together where columns have codebooks
 constexpr int BLOCK = 4 * LANES;     // the same where rows have, with many rows of activations
+constexpr int BAND = 16;             // rows that a host asks for at a time
 constexpr int FEW = 8;               // rows of activations that are not many yet: codes are looked up for each four
 
 // Of a channel's codes outside of here.
@@ -70,7 +73,8 @@ struct Packed {
   int32_t axis, sections;
   Blocks blocks;
   uint64_t outliers;
-  uint64_t order, place;  // offsets: the channel in each place among the sorted ones; where each is, 0 for not needed
+  uint64_t order;  // offset: the channel in each place among the sorted ones
+  uint64_t bands, records;  // offsets: the first row of each section in each band and after the last; 0 for none
   uint64_t scale, indptr, index, delta, outlier_row;  // offsets; 0 for none; see matmul_outliers.h
   Section section[MOST_BITS + 1];
 
@@ -80,13 +84,42 @@ struct Packed {
   }
 };
 
+// Of a section's tables, where each row has one.
+inline size_t table_bytes(const Packed& p, const Section& s) {
+  return p.blocks.block ? 0 : table_entries(s.bits) * sizeof(uint16_t);
+}
+
 constexpr uint64_t MAGIC = 0x31766d7174616d71;
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
+inline size_t record_bytes(const Packed& p, const Section& s) {
+  return round_up(table_bytes(p, s) + s.channel_bytes(), LINE);
+}
+
+// Offset of the record of row `number` of a section, which is of this band.
+inline uint64_t record_of(const Packed& p, uint32_t band, int section, uint32_t number) {
+  const auto *begin = p.at<uint32_t>(p.bands) + static_cast<size_t>(band) * p.sections, *end = begin + p.sections;
+  uint64_t offset = p.records;
+  for (int i = 0; i < p.sections; ++i) {
+    offset += record_bytes(p, p.section[i]) * (i < section ? end[i] : i == section ? number : begin[i]);
+  }
+  return offset;
+}
+
 // Floats from one row of prepared activations to the next. They are padded with zeros to a whole unit, as codes of the
 // padding count nothing; and then by what keeps the same columns of several rows from one place in a cache.
 inline size_t x_stride(const Packed& p) { return ((p.cols + UNIT - 1) / UNIT | 1) * UNIT + LANES; }
+
+// What a thread has for bands: prepared activations [2][x_stride], and where columns have codebooks the band that it
+// decoded last [columns][LANES], as hosts come back to it with other activations.
+struct KeptBand {
+  uint64_t serial, band;
+};
+struct BandWorkspace {
+  KeptBand* kept;
+  float *x, *decoded;
+};
 
 // The inner loops for one set of instructions. x: prepared activations [batch][x_stride], of columns in their sorted
 // order from the section's first on; batch 1..MOST_OF_ROWS or MOST_OF_COLUMNS, and where it lacks one to fours there is
@@ -96,16 +129,9 @@ struct Kernels {
   void (*rows)(const Packed&, const Section&, uint32_t begin, uint32_t end, const float* x, int batch, float* y);
   // Adds what a section's columns add to one half of a unit of rows to sums [batch][HALF_UNIT].
   void (*columns)(const Packed&, const Section&, uint32_t half, const float* x, int batch, float* sums);
-  // y [batch] of one row of a section, without outliers; x: one or two rows of activations as they come.
-  void (*row)(const Packed&, const Section&, uint32_t number, const float* const* x, int batch, float* y);
-  // LANES rows of codebooks of columns, with scales, without outliers, into out [LANES][decoded_stride].
-  void (*decode)(const Packed&, uint32_t group, float* out);
-  // y [batch] of dense weights [columns].
-  void (*dense)(const float* weights, size_t columns, const float* const* x, int batch, float* y);
+  // A band of rows, y [batch][BAND]; x: one or two rows of activations as they come.
+  void (*band)(const Packed&, uint32_t number, const float* const* x, int batch, const BandWorkspace&, float* y);
 };
-
-// Floats from one decoded row to the next.
-inline size_t decoded_stride(const Packed& p) { return round_up(p.cols, LANES); }
 
 const Kernels* kernels_of(int level);         // null where this processor does not have it
 const Packed* packed_at(const void* packed);  // null where it is none

@@ -38,5 +38,20 @@ struct Outliers {
   }
 };
 
+// Of the row in this place among the sorted ones, to y, one float for each of the batch. x: prepared activations.
+inline void add_outliers_of_row(const Packed& p, uint32_t place, const float* x, int batch, float* y, size_t y_row) {
+  const Outliers outliers(p);
+  const uint32_t begin = outliers.indptr[place], end = outliers.indptr[place + 1];
+  for (int b = 0; b < batch; ++b, x += x_stride(p), y += y_row) {
+    float sums[4] = {};  // one after the other would wait for each sum
+    uint32_t i = begin;
+    for (; end - i >= 4; i += 4) {
+      for (int j = 0; j < 4; ++j) sums[j] += outliers.delta[i + j] * x[outliers.index[i + j]];
+    }
+    for (; i < end; ++i) sums[0] += outliers.delta[i] * x[outliers.index[i]];
+    *y += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+}
+
 }  // namespace
 }  // namespace matmul

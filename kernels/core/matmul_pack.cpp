@@ -70,7 +70,6 @@ Packed plan(const aq_codebook_matrix& m, const Census& census) {
   p.outliers = m.outlier_index_len;
   Room room;
   p.order = room(census.channels * sizeof(uint32_t));
-  if (m.by_row) p.place = room(census.channels * sizeof(uint32_t));
   if (m.input_scale) p.scale = room(m.cols * sizeof(float));
   if (p.outliers) {
     p.indptr = room(((m.axis ? half_units(p) : m.rows) + 1) * sizeof(uint32_t));
@@ -85,12 +84,14 @@ Packed plan(const aq_codebook_matrix& m, const Census& census) {
     s.bits = bits;
     s.first = first;
     s.count = census.count[bits];
-    s.tiled = m.by_row ? 0 : s.count / TILE * TILE;
+    s.tiled = s.count / TILE * TILE;
     divide(census.length, &s);
+    first += s.count;
+    if (m.in_bands && !m.axis) continue;
     s.tables = room(s.count * table_entries(bits) * sizeof(uint16_t));
     s.codes = room(s.count * s.channel_bytes());
-    first += s.count;
   }
+  if (m.in_bands && !m.axis) plan_bands(&p, &room);
   p.bytes = room.end;
   return p;
 }
@@ -119,8 +120,26 @@ void sort_by_place(uint32_t* index, float* delta, uint8_t* row, uint32_t begin, 
   }
 }
 
+// Where the table and the codes of a channel are.
+struct Channel {
+  const Section* section;
+  uint32_t number;  // of the section
+  uint16_t* table;
+  Place codes;
+};
+
+Channel channel_at(const Packed& p, const int* section_of, int bits, uint32_t channel, uint32_t number, char* base) {
+  const Section& s = p.section[section_of[bits]];
+  if (!p.bands) {
+    auto* table = reinterpret_cast<uint16_t*>(base + s.tables) + number * table_entries(bits);
+    return {&s, number, table, place_of(s, number, base + s.codes, p.axis)};
+  }
+  char* record = base + record_of(p, channel / BAND, section_of[bits], number);
+  return {&s, number, reinterpret_cast<uint16_t*>(record), place_in(s, record + table_bytes(p, s), 1, 0)};
+}
+
 // See matmul_outliers.h.
-void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section* const* section_of, char* base) {
+void write_outliers(const aq_codebook_matrix& m, const Packed& p, const int* section_of, char* base) {
   auto* indptr = reinterpret_cast<uint32_t*>(base + p.indptr);
   auto* index = reinterpret_cast<uint32_t*>(base + p.index);
   auto* delta = reinterpret_cast<float*>(base + p.delta);
@@ -134,12 +153,11 @@ void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section*
     if (m.axis && row % HALF_UNIT == 0) indptr[row / HALF_UNIT] = put;
     for (uint32_t i = m.outlier_indptr[row]; i < m.outlier_indptr[row + 1]; ++i, ++put) {
       const uint32_t column = outlier_column(m, i), channel = m.axis ? column : row;
-      const Section& s = *section_of[m.bits[channel]];
-      const uint32_t number = number_of(p, s, channel);
-      const uint32_t code = s.bits ? read_code(s, place_of(s, number, base + s.codes, m.axis), m.axis ? row : column) : 0;
-      const float entry = from_half(p.at<uint16_t>(s.tables)[number * table_entries(s.bits) + code]);
+      const Section& s = p.section[section_of[m.bits[channel]]];
+      const Channel at = channel_at(p, section_of, s.bits, channel, number_of(p, s, channel), base);
+      const float entry = from_half(at.table[s.bits ? read_code(s, at.codes, m.axis ? row : column) : 0]);
       if (scale && scale[column] == 0) scale[column] = SCALE_OF_NOTHING;
-      index[put] = m.axis ? s.first + number : column;
+      index[put] = m.axis ? s.first + at.number : column;
       delta[put] = from_half(m.outlier_value[i]) / (scale ? scale[column] : 1) - entry;
       if (m.axis) row_of_half[put] = static_cast<uint8_t>(row % HALF_UNIT);
     }
@@ -147,6 +165,17 @@ void write_outliers(const aq_codebook_matrix& m, const Packed& p, const Section*
   indptr[m.axis ? half_units(p) : m.rows] = put;
   for (size_t half = 0; m.axis && half < half_units(p); ++half) {
     sort_by_place(index, delta, row_of_half, indptr[half], indptr[half + 1]);
+  }
+}
+
+// Writes down how many rows of each section come before each band.
+void count_bands(const aq_codebook_matrix& m, const Packed& p, uint32_t* begin) {
+  uint32_t count[MOST_BITS + 1] = {};
+  for (uint64_t row = 0; row <= m.rows; ++row) {
+    if (row % BAND == 0 || row == m.rows) {
+      for (int i = 0; i < p.sections; ++i) *begin++ = count[p.section[i].bits];
+    }
+    if (row < m.rows) ++count[m.bits[row]];
   }
 }
 
@@ -179,9 +208,10 @@ extern "C" int aq_matmul_pack(const aq_codebook_matrix* matrix, void* packed, si
   const Packed& p = *static_cast<const Packed*>(packed);
   auto* order = reinterpret_cast<uint32_t*>(base + p.order);
 
-  const Section* section_of[MOST_BITS + 1] = {};
+  int section_of[MOST_BITS + 1] = {};
   uint32_t next[MOST_BITS + 1] = {};
-  for (int i = 0; i < p.sections; ++i) section_of[p.section[i].bits] = &p.section[i];
+  for (int i = 0; i < p.sections; ++i) section_of[p.section[i].bits] = i;
+  if (p.bands) count_bands(m, p, reinterpret_cast<uint32_t*>(base + p.bands));
 
   if (m.input_scale) {
     auto* scale = reinterpret_cast<float*>(base + p.scale);
@@ -191,15 +221,12 @@ extern "C" int aq_matmul_pack(const aq_codebook_matrix* matrix, void* packed, si
   const uint16_t* entries = m.codebook;
   for (uint64_t c = 0; c < census.channels; ++c) {
     const int bits = m.bits[c];
-    const Section& s = *section_of[bits];
-    const uint32_t number = next[bits]++;
-    order[s.first + number] = static_cast<uint32_t>(c);
-    if (p.place) reinterpret_cast<uint32_t*>(base + p.place)[c] = s.first + number;
-    auto* table = reinterpret_cast<uint16_t*>(base + s.tables) + number * table_entries(bits);
+    const Channel at = channel_at(p, section_of, bits, static_cast<uint32_t>(c), next[bits]++, base);
+    order[at.section->first + at.number] = static_cast<uint32_t>(c);
     const size_t size = static_cast<size_t>(1) << bits;
-    for (size_t i = 0; i < table_entries(bits); ++i) table[i] = entries[i % size];
+    for (size_t i = 0; i < table_entries(bits); ++i) at.table[i] = entries[i % size];
     const Stream stream = {codes, bits};
-    if (bits) write_channel(s, stream, census.length, place_of(s, number, base + s.codes, m.axis));
+    if (bits) write_channel(*at.section, stream, census.length, at.codes);
     codes += stream_bytes(census.length, bits);
     entries += size;
   }

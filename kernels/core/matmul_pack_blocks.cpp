@@ -38,15 +38,18 @@ Packed plan(const aq_block_matrix& m) {
   Section& s = p.section[0];
   s.bits = m.bits;
   s.count = p.rows;
-  s.tiled = m.by_row ? 0 : s.count / TILE * TILE;
+  s.tiled = s.count / TILE * TILE;
   divide(m.cols, &s);
   Room room;
   p.order = room(m.rows * sizeof(uint32_t));
-  if (m.by_row) p.place = p.order;
   p.blocks.table = room(table_entries(m.bits) * sizeof(float));
   p.blocks.scales = room(m.scale_len * sizeof(uint16_t));
   if (m.zero) p.blocks.zeros = room(m.zero_len);
-  s.codes = room(s.count * s.channel_bytes());
+  if (m.in_bands) {
+    plan_bands(&p, &room);
+  } else {
+    s.codes = room(s.count * s.channel_bytes());
+  }
   p.bytes = room.end;
   return p;
 }
@@ -76,10 +79,15 @@ extern "C" int aq_matmul_pack_blocks(const aq_block_matrix* matrix, void* packed
   }
   std::memcpy(base + p.blocks.scales, m.scale, m.scale_len * sizeof(uint16_t));
   if (m.zero) std::memcpy(base + p.blocks.zeros, m.zero, m.zero_len);
+  for (uint32_t band = 0; p.bands && band <= (p.rows - 1) / BAND + 1; ++band) {
+    reinterpret_cast<uint32_t*>(base + p.bands)[band] = band * BAND < p.rows ? band * BAND : p.rows;
+  }
   for (uint32_t row = 0; row < p.rows; ++row) {
     reinterpret_cast<uint32_t*>(base + p.order)[row] = row;
     const Stream stream = {m.codes + row * row_bytes(m), m.bits, m.recode};
-    write_channel(p.section[0], stream, m.cols, place_of(p.section[0], row, base + p.section[0].codes, 0));
+    const Section& s = p.section[0];
+    char* record = base + p.records + row * record_bytes(p, s);
+    write_channel(s, stream, m.cols, m.in_bands ? place_in(s, record, 1, 0) : place_of(s, row, base + s.codes, 0));
   }
   return AQ_OK;
 }

@@ -23,6 +23,14 @@ struct Room {
   }
 };
 
+// Room for bands, once all sections are known.
+inline void plan_bands(Packed* p, Room* room) {
+  p->bands = (*room)(((p->rows - 1) / BAND + 2) * static_cast<uint64_t>(p->sections) * sizeof(uint32_t));
+  uint64_t bytes = 0;
+  for (int i = 0; i < p->sections; ++i) bytes += record_bytes(*p, p->section[i]) * p->section[i].count;
+  p->records = (*room)(bytes);
+}
+
 // Units and chunks of channels of this length. Chunks take the tail unless another unit is as small.
 inline void divide(uint64_t length, Section* s) {
   if (!s->bits) return;
@@ -38,6 +46,7 @@ struct Stream {
   const uint8_t* recode = nullptr;  // what takes the place of each code
 
   unsigned at(uint64_t i) const {
+    if (!bits) return 0;  // of nothing
     const uint64_t bit = i * bits;
     const uint8_t* byte = codes + bit / 8;
     const unsigned shift = bit % 8;
@@ -122,6 +131,13 @@ inline uint32_t read_code(const Section& s, const Place& from, uint64_t i) {
   return reinterpret_cast<const uint32_t*>(chunk)[lane] >> group * 8 & 255;
 }
 
+// Of one channel of those that are interleaved from `codes` on.
+inline Place place_in(const Section& s, char* codes, uint32_t tile, uint32_t channel) {
+  const size_t unit = unit_bytes(s.bits) * tile, chunk = chunk_bytes(s.bits);
+  return {codes + static_cast<size_t>(LINE) * channel, static_cast<size_t>(LINE) * tile, unit,
+          codes + unit * s.units + chunk * channel, chunk * tile};
+}
+
 inline Place place_of(const Section& s, uint32_t number, char* codes, int axis) {
   uint32_t tile = s.count, channel = number;  // columns: all of a section are one tile
   if (!axis) {
@@ -130,9 +146,7 @@ inline Place place_of(const Section& s, uint32_t number, char* codes, int axis) 
     channel = tiled ? number % TILE : 0;
     codes += static_cast<size_t>(number - channel) * s.channel_bytes();
   }
-  const size_t unit = unit_bytes(s.bits) * tile, chunk = chunk_bytes(s.bits);
-  return {codes + static_cast<size_t>(LINE) * channel, static_cast<size_t>(LINE) * tile, unit,
-          codes + unit * s.units + chunk * channel, chunk * tile};
+  return place_in(s, codes, tile, channel);
 }
 
 }  // namespace

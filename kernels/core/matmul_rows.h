@@ -6,22 +6,39 @@
 // ends at every page.
 constexpr size_t AHEAD_OF_ONE = 12 << 10, AHEAD_OF_FEW = 4 << 10;
 
-// Adds to sums what unit u of ROWS rows of a tile, or after the last unit the chunks that are left, make of x: activations
-// from that unit on, in rows x_row apart. codes is the tile's; the first row is in place `first` of it.
-template <int BITS, int ROWS, int BATCH, class Values>
-INLINE void add_unit(const Section& s, const uint8_t* codes, int tile, int first, uint32_t u, const float* x,
-                     size_t x_row, Values* values, Floats (&sums)[ROWS][BATCH]) {
+// Where the codes of some rows lie: distances in bytes, from a row to the next and from a unit, a word, a chunk.
+struct Lines {
+  const uint8_t* units;
+  size_t row, unit, word;
+  const uint8_t* chunks;
+  size_t row_of_chunk, chunk;
+};
+
+// Of those of a tile, from its row `first` on.
+template <int BITS>
+INLINE Lines lines_of_tile(const Section& s, const uint8_t* codes, int tile, int first) {
+  const size_t unit = unit_bytes(BITS) * tile, chunk = chunk_bytes(BITS);
+  const size_t word = static_cast<size_t>(LINE) * tile;
+  return {codes + first * LINE, LINE, unit, word, codes + s.units * unit + first * chunk, chunk, chunk * tile};
+}
+
+// Adds to sums what unit u of ROWS rows, or after the last unit the chunks that are left, make of x: activations from that
+// unit on, in rows x_row apart. Sums are spread over CHAINS, so that an addition need not wait for the one before it.
+template <int BITS, int CHAINS, int ROWS, int BATCH, class Values>
+INLINE void add_unit(const Section& s, const Lines& lines, uint32_t u, const float* x, size_t x_row, Values* values,
+                     Floats (&sums)[CHAINS][ROWS][BATCH]) {
   constexpr int groups = STEP_GROUPS<BITS>;
   values->begin(u, 0, GROUPS);
-  codes += u * unit_bytes(BITS) * tile;
   if (u < s.units) {
+    const uint8_t* codes = lines.units + u * lines.unit;
     for (int step = 0; step < STEPS<BITS>; ++step, x += groups * LANES) {
       Codes<BITS> some[ROWS];
-      UNROLL for (int r = 0; r < ROWS; ++r) some[r].load(codes + (first + r) * LINE, LINE * tile, step);
+      UNROLL for (int r = 0; r < ROWS; ++r) some[r].load(codes + r * lines.row, lines.word, step);
       if constexpr (BATCH == 1) {  // all activations of the step stay in registers
         UNROLL for (int r = 0; r < ROWS; ++r) {
           UNROLL for (int i = 0; i < groups; ++i) {
-            sums[r][0] = fma(values->value(r, some[r].index(i), step * groups + i), load(x + i * LANES), sums[r][0]);
+            Floats& total = sums[i % CHAINS][r][0];
+            total = fma(values->value(r, some[r].index(i), step * groups + i), load(x + i * LANES), total);
           }
         }
       } else {
@@ -30,19 +47,22 @@ INLINE void add_unit(const Section& s, const uint8_t* codes, int tile, int first
           UNROLL for (int b = 0; b < BATCH; ++b) factor[b] = load(x + b * x_row + i * LANES);
           UNROLL for (int r = 0; r < ROWS; ++r) {
             const Floats value = values->value(r, some[r].index(i), step * groups + i);
-            UNROLL for (int b = 0; b < BATCH; ++b) sums[r][b] = fma(value, factor[b], sums[r][b]);
+            UNROLL for (int b = 0; b < BATCH; ++b) {
+              sums[i % CHAINS][r][b] = fma(value, factor[b], sums[i % CHAINS][r][b]);
+            }
           }
         }
       }
     }
     return;
   }
-  for (uint32_t c = 0; c < s.chunks; ++c, codes += chunk_bytes(BITS) * tile, x += CHUNK) {
+  for (uint32_t c = 0; c < s.chunks; ++c, x += CHUNK) {
     UNROLL for (int r = 0; r < ROWS; ++r) {
-      each_chunk_index<BITS>(codes + (first + r) * chunk_bytes(BITS), [&](Ints index, int group) INLINE_LAMBDA {
+      each_chunk_index<BITS>(lines.chunks + c * lines.chunk + r * lines.row_of_chunk, [&](Ints index, int group) INLINE_LAMBDA {
         const Floats value = values->value(r, index, c * CHUNK_GROUPS + group);
         UNROLL for (int b = 0; b < BATCH; ++b) {
-          sums[r][b] = fma(value, load(x + b * x_row + group * LANES), sums[r][b]);
+          Floats& total = sums[group % CHAINS][r][b];
+          total = fma(value, load(x + b * x_row + group * LANES), total);
         }
       });
     }
@@ -61,13 +81,14 @@ template <template <int, int> class Values, int BITS, int ROWS>
 void some_rows(const Packed& p, const Section& s, const uint8_t* codes, int tile, int first, uint32_t row,
                const float* x, const uint32_t* order, float* y) {
   Values<BITS, ROWS> values(p, s, row);
-  Floats sums[ROWS][1];
-  UNROLL for (int r = 0; r < ROWS; ++r) sums[r][0] = zeros();
+  const Lines lines = lines_of_tile<BITS>(s, codes, tile, first);
+  Floats sums[1][ROWS][1];
+  UNROLL for (int r = 0; r < ROWS; ++r) sums[0][r][0] = zeros();
   for (uint32_t u = 0; u < s.units + (s.chunks > 0); ++u, x += UNIT) {
     if (first == 0) fetch_ahead<BITS>(codes, tile, u, AHEAD_OF_ONE);
-    add_unit<BITS>(s, codes, tile, first, u, x, 0, &values, sums);
+    add_unit<BITS>(s, lines, u, x, 0, &values, sums);
   }
-  UNROLL for (int r = 0; r < ROWS; ++r) y[order[r]] = sum(sums[r][0]);
+  UNROLL for (int r = 0; r < ROWS; ++r) y[order[r]] = sum(sums[0][r][0]);
 }
 
 // The rows begin..end-1 of a section, begin the first of a tile, for one row of activations.
@@ -94,10 +115,10 @@ void unit_of_tile(const Packed& p, const Section& s, const uint8_t* codes, int t
                   const float* x, float* sums, size_t r_sum) {
   for (int first = 0; first < tile; first += ROWS, sums += ROWS * r_sum) {
     Values<BITS, ROWS> values(p, s, row + first);
-    Floats sum[ROWS][BATCH];
-    load_sums(sums, r_sum, LANES, sum);
-    add_unit<BITS>(s, codes, tile, first, u, x, x_stride(p), &values, sum);
-    store_sums(sum, sums, r_sum, LANES);
+    Floats sum[1][ROWS][BATCH];
+    load_sums(sums, r_sum, LANES, sum[0]);
+    add_unit<BITS>(s, lines_of_tile<BITS>(s, codes, tile, first), u, x, x_stride(p), &values, sum);
+    store_sums(sum[0], sums, r_sum, LANES);
   }
 }
 

@@ -14,6 +14,7 @@ namespace matmul {
 namespace {
 
 constexpr int rows_together(int, int) { return 1; }
+constexpr int BAND_TOGETHER = 1;
 constexpr int groups_together(int) { return 4; }
 constexpr int MANY_ROWS = 1, MANY_BATCH = 1;  // of the tiles of sums for many rows of activations
 
@@ -23,10 +24,10 @@ constexpr int MANY_ROWS = 1, MANY_BATCH = 1;  // of the tiles of sums for many r
 #include "matmul_columns.h"
 #include "matmul_gemm.h"
 #include "matmul_dispatch.h"
-#include "matmul_row.h"
+#include "matmul_band.h"
 
 }  // namespace
 
-const Kernels scalar_kernels = {rows, columns, one_row, decode_rows_of_columns, dense_row};
+const Kernels scalar_kernels = {rows, columns, band};
 
 }  // namespace matmul

@@ -6,6 +6,10 @@
 #include <cstring>
 
 #include "half.h"
+#include "matmul_place.h"
+
+using matmul::Stream;
+using matmul::stream_bytes;
 
 namespace blob {
 namespace {
@@ -37,21 +41,10 @@ size_t count(const Header& h, int section) {
   return h.section[section].bytes / sizeof(T);
 }
 
-size_t stream_bytes(uint64_t codes, int bits) { return codes / 8 * bits + (codes % 8 * bits + 7) / 8; }
-
-unsigned code_at(const uint8_t* stream, uint64_t i, int bits) {
-  unsigned code = 0;
-  for (int b = 0; b < bits; ++b) {
-    const uint64_t bit = i * bits + b;
-    code |= static_cast<unsigned>(stream[bit / 8] >> bit % 8 & 1) << b;
-  }
-  return code;
-}
-
 bool sections_fit(const Header& h) {
   for (const Section& s : h.section) {
     if (!s.bytes) continue;
-    if (s.offset % 64 || s.offset < HEADER_BYTES || s.offset > h.used || s.bytes > h.used - s.offset) return false;
+    if (s.offset % matmul::LINE || s.offset < HEADER_BYTES || s.offset > h.used || s.bytes > h.used - s.offset) return false;
   }
   return true;
 }
@@ -67,7 +60,7 @@ bool codebook_matrix(const Header& h, aq_codebook_matrix* m) {
   m->rows = h.rows;
   m->cols = h.columns;
   m->axis = h.form;
-  m->by_row = 1;
+  m->in_bands = 1;
   m->index_bytes = h.columns <= 65536 ? 2 : 4;
   m->bits = at<uint8_t>(h, 0), m->bits_len = count<uint8_t>(h, 0);
   m->codes = at<uint8_t>(h, 1), m->codes_len = count<uint8_t>(h, 1);
@@ -81,7 +74,7 @@ bool codebook_matrix(const Header& h, aq_codebook_matrix* m) {
 
 void* finish(const void* matrix, size_t (*size)(const void*), int (*pack)(const void*, void*, size_t)) {
   const size_t bytes = size(matrix);
-  void* packed = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
+  void* packed = bytes ? std::aligned_alloc(matmul::LINE, matmul::round_up(bytes, matmul::LINE)) : nullptr;
   if (packed && pack(matrix, packed, bytes) != AQ_OK) {
     std::free(packed);
     packed = nullptr;
@@ -105,7 +98,7 @@ void* repack_blocks(const Header& h) {
   m.cols = h.columns;
   m.bits = h.width;
   m.block = static_cast<int32_t>(h.block);
-  m.by_row = 1;
+  m.in_bands = 1;
   m.codes = at<uint8_t>(h, 0), m.codes_len = count<uint8_t>(h, 0);
   uint16_t* powers = nullptr;
   if (h.kind == AFFINE) {
@@ -141,9 +134,9 @@ void dequantize_codebook(const Header& h, uint64_t row, float* out) {
   const uint64_t channels = columns ? h.columns : row + 1, length = columns ? h.rows : h.columns;
   for (uint64_t c = 0; c < channels; ++c) {
     if (columns) {
-      out[c] = from_half(entries[code_at(codes, row, bits[c])]);
+      out[c] = from_half(entries[Stream{codes, bits[c]}.at(row)]);
     } else if (c == row) {
-      for (uint64_t k = 0; k < length; ++k) out[k] = from_half(entries[code_at(codes, k, bits[c])]);
+      for (uint64_t k = 0; k < length; ++k) out[k] = from_half(entries[Stream{codes, bits[c]}.at(k)]);
     }
     codes += stream_bytes(length, bits[c]);
     entries += static_cast<size_t>(1) << bits[c];
@@ -159,7 +152,7 @@ void dequantize_blocks(const Header& h, uint64_t row, float* out) {
   const uint64_t blocks = blocks_of_row(h);
   const uint8_t* codes = at<uint8_t>(h, 0) + row * stream_bytes(blocks * h.block, h.width);
   for (uint64_t k = 0; k < h.columns; ++k) {
-    const unsigned code = code_at(codes, k, h.width);
+    const unsigned code = Stream{codes, h.width}.at(k);
     const uint64_t i = row * blocks + k / h.block;
     if (h.kind == AFFINE) {
       const int zero = at<uint8_t>(h, 2)[i];

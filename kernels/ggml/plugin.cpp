@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "ggml_abi.h"
+#include "matmul_layout.h"
 #include "memory_map.h"
 #include "tensors.h"
 
@@ -26,48 +27,101 @@ constexpr struct {
 } TYPE[TYPES] = {{4, 8, "anyquant_2.0"},   {5, 10, "anyquant_2.5"},   {31, 12, "anyquant_3.0"}, {32, 14, "anyquant_3.5"},
                  {33, 17, "anyquant_4.25"}, {37, 21, "anyquant_5.25"}, {38, 34, "anyquant_8.5"}};
 
-// What a thread keeps: where it is, and memory for rows of column codebooks.
+// A band of rows times one or two rows of activations. ggml asks for one or two rows after the other; the whole band is
+// done when the first of them is asked for. Without a constructor, which each use would have to ask about.
+struct Band {
+  const char* next;  // row; null: there is none
+  uint64_t columns, stride, batch;
+  const float* x[2];
+  uint64_t beginnings[2][2];  // of the activations, lest others lie there by now
+  uint64_t at, end;           // rows of the band: where the next one is, and those that there are
+  float y[2][AQ_BAND];
+
+  bool is_of(const float* activations, int b) const {
+    uint64_t beginning[2];
+    std::memcpy(beginning, activations, sizeof(beginning));
+    return activations == x[b] && beginning[0] == beginnings[b][0] && beginning[1] == beginnings[b][1];
+  }
+  void go_on() { next = ++at < end ? next + stride : nullptr; }
+};
+thread_local Band thread_band;
+
+// What else a thread keeps.
 struct Thread {
   Place place;
-  void* cache = nullptr;
+  void* workspace = nullptr;
   size_t bytes = 0;
 
-  ~Thread() { std::free(cache); }
+  ~Thread() { std::free(workspace); }
+
   bool reserve(size_t wanted) {
     if (wanted <= bytes) return true;
-    std::free(cache);
-    bytes = (wanted + 63) / 64 * 64;
-    cache = std::aligned_alloc(64, bytes);
-    if (!cache) return bytes = 0, false;
-    std::memset(cache, 0, 64);
+    std::free(workspace);
+    bytes = matmul::round_up(wanted, matmul::LINE);
+    workspace = std::aligned_alloc(matmul::LINE, bytes);
+    if (!workspace) return bytes = 0, false;
+    std::memset(workspace, 0, matmul::LINE);
     return true;
   }
 };
 thread_local Thread thread;
 
+// Does the band that a row is of; false where its products are not numbers.
+__attribute__((noinline)) bool multiply(const char* row, uint64_t columns, uint64_t stride, const float* const* x,
+                                        uint64_t batch, Band* band) {
+  Thread& me = thread;
+  band->next = nullptr;
+  if (!go_to(row, columns, stride, x[0], &me.place) || !me.reserve(me.place.tensor->workspace)) return false;
+  const Tensor& t = *me.place.tensor;
+  const uint64_t number = me.place.row / AQ_BAND, left = t.header().rows - number * AQ_BAND;
+  if (aq_matmul_band(t.packed, number, x, batch, me.workspace, me.bytes, band->y[0], AQ_LEVEL_BEST) != AQ_OK) return false;
+  band->next = row;
+  band->columns = columns;
+  band->stride = stride;
+  band->batch = batch;
+  band->at = me.place.row % AQ_BAND;
+  band->end = left < AQ_BAND ? left : AQ_BAND;
+  for (uint64_t b = 0; b < batch; ++b) {
+    band->x[b] = x[b];
+    std::memcpy(band->beginnings[b], x[b], sizeof(band->beginnings[b]));
+  }
+  return true;
+}
+
+// Where the row is not simply the next one of a band.
+__attribute__((noinline)) void some_products(uint64_t columns, uint64_t stride, float* s, size_t bs, const char* x, size_t bx,
+                                             const float* const* y, uint64_t batch, Band* band) {
+  for (uint64_t r = 0; r < batch; ++r, x += bx) {
+    bool done = x == band->next && columns == band->columns && stride == band->stride && batch == band->batch;
+    for (uint64_t b = 0; done && b < batch; ++b) done = band->is_of(y[b], static_cast<int>(b));
+    done = done || multiply(x, columns, stride, y, batch, band);
+    for (uint64_t b = 0; b < batch; ++b) s[r + b * bs] = done ? band->y[b][band->at] : NAN;
+    if (done) band->go_on();
+  }
+}
+
+// n: columns, a multiple of 32.
 template <int I>
 void vec_dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y, size_t by, int nrc) {
-  const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
-  const float* rows[2] = {static_cast<const float*>(y),
-                          reinterpret_cast<const float*>(static_cast<const char*>(y) + by)};
-  Thread& me = thread;
-  for (int r = 0; r < nrc; ++r) {
-    float found[2] = {NAN, NAN};
-    if (go_to(static_cast<const char*>(x) + r * bx, columns, stride, &me.place) &&
-        me.reserve(me.place.tensor->cache_bytes)) {
-      aq_matmul_row(me.place.tensor->packed, me.place.number, rows, static_cast<size_t>(nrc), me.cache, me.bytes, found,
-                    AQ_LEVEL_BEST);
-    }
-    for (int b = 0; b < nrc; ++b) s[r + b * bs] = found[b];
+  const auto columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
+  const auto* row = static_cast<const char*>(x);
+  const auto* activations = static_cast<const float*>(y);
+  Band& band = thread_band;
+  if (nrc == 1 && row == band.next && band.batch == 1 && columns == band.columns && stride == band.stride &&
+      band.is_of(activations, 0)) {
+    *s = band.y[0][band.at];
+    return band.go_on();
   }
+  const float* both[2] = {activations, reinterpret_cast<const float*>(static_cast<const char*>(y) + by)};
+  some_products(columns, stride, s, bs, row, bx, both, static_cast<uint64_t>(nrc), &band);
 }
 
 template <int I>
 void to_float(const void* x, float* out, int64_t n) {
   const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
   Place& place = thread.place;
-  if (go_to(static_cast<const char*>(x), columns, stride, &place)) {
-    return blob::dequantize(place.tensor->header(), place.number, out);
+  if (go_to(static_cast<const char*>(x), columns, stride, nullptr, &place)) {
+    return blob::dequantize(place.tensor->header(), place.row, out);
   }
   for (int64_t i = 0; i < n; ++i) out[i] = NAN;
 }

@@ -14,14 +14,10 @@
 
 namespace {
 
-// Grows, is searched from the end, and never shrinks: threads keep pointers.
-struct Known {
-  Tensor tensor;
-  Known* before;
-};
-
 pthread_rwlock_t lock = PTHREAD_RWLOCK_INITIALIZER;
-Known* last_known = nullptr;
+// A list that grows and never shrinks: threads keep pointers.
+Tensor* first_known = nullptr;
+Tensor** end_of_known = &first_known;
 const void* complained_about = nullptr;
 constexpr int MOST_LINES = 20;
 
@@ -52,11 +48,16 @@ const blob::Header* find(const char* row, uint64_t columns, uint64_t stride) {
   }
 }
 
-const Tensor* search(const char* row, uint64_t stride) {
-  for (Known* k = last_known; k; k = k->before) {
-    if (holds(k->tensor, row, stride)) return &k->tensor;
-  }
-  return nullptr;
+// From the one on that was met after `before`: tensors are mostly asked for in the order in which they were first.
+const Tensor* search(const char* row, uint64_t stride, const Tensor* before) {
+  const auto among = [&](const Tensor* t, const Tensor* end) {
+    while (t != end && !holds(*t, row, stride)) t = t->after;
+    return t;
+  };
+  const Tensor* start = before ? before->after : first_known;
+  const Tensor* found = among(start, nullptr);
+  if (!found && start != first_known) found = among(first_known, start), found = found == start ? nullptr : found;
+  return found;
 }
 
 void complain(const void* about, const char* name, const char* why) {
@@ -71,8 +72,8 @@ void complain(const void* about, const char* name, const char* why) {
 
 // Forgets what lay where a tensor lies now; false where something lies there still, which others may be using.
 bool make_room(const char* begin, size_t bytes) {
-  for (Known* k = last_known; k; k = k->before) {
-    Tensor& t = k->tensor;
+  for (Tensor* known = first_known; known; known = known->after) {
+    Tensor& t = *known;
     if (!t.bytes || t.begin >= begin + bytes || begin >= t.begin + t.bytes) continue;
     const uint64_t past = begin > t.begin ? static_cast<uint64_t>(begin - t.begin) / t.stride : 0;
     if (holds(t, t.begin + past * t.stride, t.stride)) return false;
@@ -97,18 +98,24 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
     complain(begin, header->name, "lies within another tensor");
     return nullptr;
   }
-  auto* known = static_cast<Known*>(std::calloc(1, sizeof(Known)));
-  if (!known) return nullptr;
+  auto* t = static_cast<Tensor*>(std::calloc(1, sizeof(Tensor)));
+  if (!t) return nullptr;
   const char* why = "";
-  Tensor& t = known->tensor;
-  t = {begin, bytes, stride, {header->header_checksum, header->data_checksum}, nullptr, blob::repack(*header, &why), 0};
-  if (!t.packed) complain(begin, header->name, why);
-  t.cache_bytes = aq_matmul_row_cache(t.packed);
-  t.row_checksums = static_cast<uint32_t*>(std::malloc(header->rows * sizeof(uint32_t)));
-  for (uint64_t r = 0; t.row_checksums && r < header->rows; ++r) t.row_checksums[r] = blob::checksum(begin + r * stride, stride);
-  known->before = last_known;
-  last_known = known;
-  return &known->tensor;
+  t->begin = begin;
+  t->bytes = bytes;
+  t->stride = stride;
+  t->checksums[0] = header->header_checksum;
+  t->checksums[1] = header->data_checksum;
+  t->packed = blob::repack(*header, &why);
+  if (!t->packed) complain(begin, header->name, why);
+  t->workspace = aq_matmul_band_workspace(t->packed);
+  t->row_checksums = static_cast<uint32_t*>(std::malloc(header->rows * sizeof(uint32_t)));
+  for (uint64_t r = 0; t->row_checksums && r < header->rows; ++r) {
+    t->row_checksums[r] = blob::checksum(begin + r * stride, stride);
+  }
+  *end_of_known = t;
+  end_of_known = &t->after;
+  return t;
 }
 
 }  // namespace
@@ -118,15 +125,16 @@ bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place) {
   const Tensor* t = place->tensor;
   if (!t || !holds(*t, row, stride)) {
     pthread_rwlock_rdlock(&lock);
-    t = search(row, stride);
+    t = search(row, stride, place->tensor);
     pthread_rwlock_unlock(&lock);
     if (!t) {
       pthread_rwlock_wrlock(&lock);
-      t = search(row, stride);  // another thread may have been first
+      t = search(row, stride, place->tensor);  // another thread may have been first
       if (!t) t = meet(row, columns, stride);
       pthread_rwlock_unlock(&lock);
     }
   }
-  *place = {t, row, t ? static_cast<uint64_t>(row - t->begin) / stride : 0};
+  place->tensor = t;
+  place->row = t ? static_cast<uint64_t>(row - t->begin) / stride : 0;
   return t && t->packed;
 }

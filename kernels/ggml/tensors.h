@@ -9,22 +9,23 @@
 #include "blob.h"
 
 struct Tensor {
+  Tensor* after;      // the one that was met next
   const char* begin;  // the blob; bytes 0: the memory holds something else by now
   size_t bytes;
   uint64_t stride;
   uint32_t checksums[2];  // of the header and of the data, as the header says
   uint32_t* row_checksums;  // null: no memory for them
   void* packed;  // null: damaged
-  size_t cache_bytes;  // that each thread needs for it
+  size_t workspace;  // bytes that each thread needs for it
 
   const blob::Header& header() const { return *reinterpret_cast<const blob::Header*>(begin); }
 };
 
-// Where a thread is. A product asks for every row, one after the other.
+// Where a thread is.
 struct Place {
   const Tensor* tensor = nullptr;
-  const char* row = nullptr;
-  uint64_t number = 0;
+  uint64_t row = 0;
+  const void* activations = nullptr;  // that the last product was with
 };
 
 inline bool unchanged(const Tensor& t) {
@@ -34,13 +35,19 @@ inline bool unchanged(const Tensor& t) {
 // Goes to a row; false where it is of no tensor, or of a damaged one, which is said on stderr once for each.
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place);
 
-inline bool go_to(const char* row, uint64_t columns, uint64_t stride, Place* place) {
+// The same without looking closely where the product is plainly the one before, which goes on: ggml takes rows of a
+// matrix one after the other and leaves out what other threads do, or takes a block of them again with other activations.
+inline bool go_to(const char* row, uint64_t columns, uint64_t stride, const void* activations, Place* place) {
+  constexpr uint64_t ROWS_OF_BLOCK = 16;
+  const bool same = activations == place->activations;
+  place->activations = activations;
   const Tensor* t = place->tensor;
-  // The next one of the same tensor needs no division.
-  if (!t || row != place->row + stride || t->stride != stride || row >= t->begin + t->bytes || !unchanged(*t)) {
+  if (!t || t->stride != stride || row < t->begin || row >= t->begin + t->bytes || !unchanged(*t)) {
     return look_up(row, columns, stride, place);
   }
-  place->row = row;
-  ++place->number;
+  const auto bytes = static_cast<uint64_t>(row - t->begin), number = bytes / stride;
+  const bool goes_on = number > place->row ? same : place->row - number < ROWS_OF_BLOCK;
+  if (!goes_on || number * stride != bytes) return look_up(row, columns, stride, place);
+  place->row = number;
   return t->packed != nullptr;
 }

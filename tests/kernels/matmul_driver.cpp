@@ -24,22 +24,24 @@ struct Aligned {
   ~Aligned() { std::free(memory); }
 };
 
-// Whether rows asked for one at a time, by two threads, are those of the product. x has no byte beyond its end.
-int multiply_by_row(const void* packed, uint64_t rows, uint64_t cols, size_t batch, const float* x,
-                    const std::vector<float>& expected) {
-  const size_t some = batch < 2 ? 1 : 2, size = aq_matmul_row_cache(packed);
-  const float* from[2] = {x + (batch - some) * cols, x + (batch - 1) * cols};
+// Whether bands of rows, asked for by two threads, are those of the product. x has no byte beyond its end.
+int multiply_in_bands(const void* packed, uint64_t rows, uint64_t cols, size_t batch, const std::vector<float>& x,
+                      const std::vector<float>& expected) {
+  const size_t some = batch < 2 ? 1 : 2, size = aq_matmul_band_workspace(packed);
+  const float* from[2] = {x.data() + (batch - some) * cols, x.data() + (batch - 1) * cols};
   for (int level = AQ_LEVEL_SCALAR; level <= aq_matmul_level(); ++level) {
     std::atomic<int> wrong{0};
-    const auto work = [&](uint64_t begin) {
-      const Aligned cache(size);
-      std::memset(cache.memory, 0, 64);
-      for (uint64_t row = begin; row < rows; row += 2) {
-        float y[2] = {NAN, NAN};
-        if (aq_matmul_row(packed, row, from, some, cache.memory, size, y, level) != AQ_OK) wrong = 9;
-        for (size_t b = 0; b < some; ++b) {
-          const float other = expected[(batch - some + b) * rows + row];
-          if (!(std::fabs(y[b] - other) <= 1e-5f * static_cast<float>(cols))) wrong = 10;
+    const auto work = [&](uint64_t first) {
+      const Aligned workspace(size);
+      std::memset(workspace.memory, 0, 64);
+      for (uint64_t band = first; band * AQ_BAND < rows; band += 2) {
+        std::vector<float> y(some * AQ_BAND, NAN);
+        if (aq_matmul_band(packed, band, from, some, workspace.memory, size, y.data(), level) != AQ_OK) wrong = 9;
+        for (size_t i = 0; i < y.size(); ++i) {
+          const uint64_t row = band * AQ_BAND + i % AQ_BAND;
+          if (row >= rows) continue;
+          const float other = expected[(batch - some + i / AQ_BAND) * rows + row];
+          if (!(std::fabs(y[i] - other) <= 1e-5f * static_cast<float>(cols))) wrong = 10;
         }
       }
     };
@@ -51,9 +53,14 @@ int multiply_by_row(const void* packed, uint64_t rows, uint64_t cols, size_t bat
   return 0;
 }
 
-// Whether all levels give the same product with a packed matrix.
-int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch, bool by_row) {
-  std::vector<float> x(batch * cols), first;
+struct Product {
+  std::vector<float> x, y;
+};
+
+// Whether all levels give the same product with a packed matrix, which is kept.
+int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch, Product* product) {
+  std::vector<float>&x = product->x, &first = product->y;
+  x.resize(batch * cols);
   for (float& each : x) each = static_cast<float>(random_below(2001)) / 1000.f - 1.f;
   const size_t size = aq_matmul_workspace(packed, batch);
   const Aligned workspace(size);
@@ -87,7 +94,25 @@ int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch, boo
   for (size_t i = 0; i < y.size(); ++i) {
     if (y[i] != z[i] || !(std::fabs(y[i] - first[i]) <= 1e-5f * static_cast<float>(cols))) return 8;
   }
-  return by_row ? multiply_by_row(packed, rows, cols, batch, x.data(), first) : 0;
+  return 0;
+}
+
+// Whether products with a matrix agree however it is packed.
+template <class Matrix>
+int check(Matrix matrix, size_t (*size)(const Matrix*), int (*pack)(const Matrix*, void*, size_t), size_t batch) {
+  Product product;
+  for (const int in_bands : {0, 1}) {
+    matrix.in_bands = in_bands;
+    const size_t bytes = size(&matrix);
+    if (!bytes) return 1;
+    const Aligned packed(bytes);
+    if (pack(&matrix, packed.memory, bytes) != AQ_OK) return 2;
+    const int wrong =
+        in_bands ? multiply_in_bands(packed.memory, matrix.rows, matrix.cols, batch, product.x, product.y)
+                 : multiply(packed.memory, matrix.rows, matrix.cols, batch, &product);
+    if (wrong) return wrong;
+  }
+  return 0;
 }
 
 int check_codebooks(uint64_t rows, uint64_t cols, int axis, int least, int most, bool scaled, uint32_t outliers,
@@ -113,15 +138,11 @@ int check_codebooks(uint64_t rows, uint64_t cols, int axis, int least, int most,
     }
     indptr[row + 1] = static_cast<uint32_t>(index.size());
   }
-  const aq_codebook_matrix matrix = {
-      rows, cols, axis, 4, random_below(2) != 0, bits.data(), bits.size(), codes.data(), codes.size(), codebook.data(), codebook.size(),
+  aq_codebook_matrix matrix = {
+      rows, cols, axis, 4, 0, bits.data(), bits.size(), codes.data(), codes.size(), codebook.data(), codebook.size(),
       scaled ? scale.data() : nullptr, scale.size(), outliers ? indptr.data() : nullptr, indptr.size(),
       index.data(), index.size(), value.data(), value.size()};
-  const size_t bytes = aq_matmul_bytes(&matrix);
-  if (!bytes) return 1;
-  const Aligned packed(bytes);
-  if (aq_matmul_pack(&matrix, packed.memory, bytes) != AQ_OK) return 2;
-  return multiply(packed.memory, rows, cols, batch, matrix.by_row);
+  return check(matrix, aq_matmul_bytes, aq_matmul_pack, batch);
 }
 
 int check_blocks(uint64_t rows, uint64_t cols, int bits, int block, bool with_table, bool with_zero, size_t batch) {
@@ -135,15 +156,11 @@ int check_blocks(uint64_t rows, uint64_t cols, int bits, int block, bool with_ta
   for (float& entry : table) entry = static_cast<float>(random_below(200)) / 100.f - 1.f;
   const bool bfloat = random_below(2);
   for (uint16_t& each : scale) each = bfloat ? 0x3c00 : 0x2000;  // 1/128
-  const aq_block_matrix matrix = {
-      rows, cols, bits, block, bfloat, random_below(2) != 0, codes.data(), codes.size(), recode.data(), recode.size(),
+  aq_block_matrix matrix = {
+      rows, cols, bits, block, bfloat, 0, codes.data(), codes.size(), recode.data(), recode.size(),
       with_table ? table.data() : nullptr, table.size(), scale.data(), scale.size(),
       with_zero ? zero.data() : nullptr, with_zero ? zero.size() : 0};
-  const size_t bytes = aq_matmul_block_bytes(&matrix);
-  if (!bytes) return 5;
-  const Aligned packed(bytes);
-  if (aq_matmul_pack_blocks(&matrix, packed.memory, bytes) != AQ_OK) return 6;
-  return multiply(packed.memory, rows, cols, batch, matrix.by_row);
+  return check(matrix, aq_matmul_block_bytes, aq_matmul_pack_blocks, batch);
 }
 
 }  // namespace

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
 import struct
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,67 +16,28 @@ import pytest
 from anyquant import ir
 from anyquant.errors import CorruptFileError
 from anyquant.exporters.gguf import custom
-from anyquant.ir import packing
-from anyquant.runtime import native
+from anyquant.runtime import ggml_plugin, native
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
 
-DRIVER = Path(__file__).with_name("ggml_driver.py")
-PLUGIN = native.path_of("libanyquant_ggml.so")
-SENTINEL = np.float32(12345)
+if TYPE_CHECKING:
+    from tests.kernels.conftest import Ask
+
+PLUGIN = native.path_of(ggml_plugin.LIBRARY)
 MIXED = [3, 0, 8, 1, 4, 7, 2, 5, 6]
 STRAY = "anyquant: tensor ?: holds no tensor of anyquant, though its type says so; its products are not numbers"
 
-pytestmark = pytest.mark.skipif(PLUGIN is None, reason=native.missing("libanyquant_ggml.so"))
-
-
-def codebook(
-    shape: tuple[int, int], axis: int, bits: Any, *, scaled: bool = False, outliers: int = 0, seed: int = 0
-) -> ir.Tensor:
-    rng, widths = np.random.default_rng(seed), np.resize(np.asarray(bits, np.uint8), shape[axis])
-    spec = ir.CodebookSpec.from_bits(shape, axis, widths, input_scale=scaled, outliers=outliers)
-    codes = [packing.pack(rng.integers(0, 1 << b, (1, shape[1 - axis]), np.uint8), b)[0] for b in widths.tolist()]
-    entries = [np.sort(rng.standard_normal(1 << b)) for b in widths.tolist()]
-    arrays = {".bits": widths, ".codes": np.concatenate(codes), ".codebook": np.concatenate(entries).astype(np.float16)}
-    if scaled:
-        arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
-    if outliers:
-        row, column = np.divmod(np.sort(rng.choice(spec.numel, outliers, replace=False)), shape[1])
-        arrays[".outlier_indptr"] = np.searchsorted(row, np.arange(shape[0] + 1)).astype(np.uint32)
-        arrays[".outlier_index"] = column.astype(np.uint16 if shape[1] <= 65536 else np.uint32)
-        arrays[".outlier_value"] = rng.standard_normal(outliers).astype(np.float16)
-    return ir.Tensor(spec, arrays)
-
-
-def blocks(spec: ir.BlockSpec, exponents: tuple[int, int] = (-20, 20)) -> ir.Tensor:
-    rng, sign = np.random.default_rng(spec.width), 1 << (spec.width - 1)
-    codes = rng.integers(0, 2 * sign, (spec.shape[0], spec.blocks, spec.block))
-    shared = rng.integers(*exponents, codes.shape[:2])
-    if spec.format != "log":
-        codes[codes == sign] = 0  # no negative zero
-        codes[-1, -1] = 0
-        shared[~codes.any(axis=2)] = ir.ZERO_BLOCK
-    stored = packing.pack(codes.reshape(spec.shape[0], -1).astype(np.uint8), spec.width)
-    return ir.Tensor(spec, {".codes": stored, ".exponents": shared.astype(np.int8)})
-
-
-def affine(spec: ir.AffineSpec) -> ir.Tensor:
-    rng = np.random.default_rng(spec.bits)
-    codes = rng.integers(0, 1 << spec.bits, (spec.shape[0], spec.blocks * spec.block), np.uint8)
-    codes[:, spec.shape[1] :] = 0
-    zero = rng.integers(0, 1 << spec.bits, (spec.shape[0], spec.blocks), np.uint8)
-    scale = rng.standard_normal(zero.shape).astype(np.float16)
-    return ir.Tensor(spec, {".codes": packing.pack(codes, spec.bits), ".scale": scale, ".zero": zero})
+pytestmark = pytest.mark.skipif(PLUGIN is None, reason=native.missing(ggml_plugin.LIBRARY))
 
 
 def every_codebook() -> list[ir.Tensor]:
     shapes = [(0, (9, 576), MIXED), (0, (1, 2048), [3]), (0, (40, 32), [2, 0, 1]), (0, (2, 65568), [2, 3])]
     shapes += [(1, (577, 32), MIXED), (1, (40, 288), [2, 0, 1, 3])]
     shapes += [(0, (4, 12800), [bits]) for bits in range(9)] + [(1, (12801, 32), [bits]) for bits in (0, 3, 5, 8)]
-    found = [codebook(shape, axis, bits) for axis, shape, bits in shapes]
+    found = [codebook_tensor(shape, axis, bits) for axis, shape, bits in shapes]
     for axis, shape, bits in (shapes[0], shapes[2], shapes[4], shapes[5]):
-        found += [
-            codebook(shape, axis, bits, scaled=scaled, outliers=n) for scaled, n in ((True, 0), (False, 19), (True, 19))
-        ]
-    return [*found, codebook((2, 65568), 0, [2, 3], outliers=40)]
+        for scaled, outliers in ((True, 0), (False, 19), (True, 19)):
+            found.append(codebook_tensor(shape, axis, bits, scaled=scaled, outliers=outliers))
+    return [*found, codebook_tensor((2, 65568), 0, [2, 3], outliers=40)]
 
 
 def every_block() -> list[ir.Tensor]:
@@ -88,98 +45,23 @@ def every_block() -> list[ir.Tensor]:
     for width in range(2, 9):
         for block in (16, 32) if width < 8 else (32,):
             for form, exponent_width in (("bfp", 0), ("log", 0), ("minifloat", 1), ("minifloat", (width + 1) // 2)):
-                found.append(blocks(ir.BlockSpec((7, 8224), form, width, block, exponent_width)))
+                found.append(block_tensor(ir.BlockSpec((7, 8224), form, width, block, exponent_width)))
     return found
 
 
 def every_affine() -> list[ir.Tensor]:
     pairs = [(bits, block) for bits in (2, 4, 8) for block in (16, 32, 64, 128, 256) if bits < 8 or block > 32]
-    return [affine(ir.AffineSpec((7, 8224), bits, block)) for bits, block in pairs]
+    return [affine_tensor(ir.AffineSpec((7, 8224), bits, block)) for bits, block in pairs]
 
 
 def small() -> list[ir.Tensor]:
     """One of each kind."""
     return [
-        codebook((9, 1024), 0, MIXED, scaled=True, outliers=30),
-        codebook((96, 32), 1, [2, 0, 3, 1], outliers=9),
-        blocks(ir.BlockSpec((30, 96), "minifloat", 5, 16, 2)),
-        affine(ir.AffineSpec((30, 96), 4, 32)),
+        codebook_tensor((9, 1024), 0, MIXED, scaled=True, outliers=30),
+        codebook_tensor((96, 32), 1, [2, 0, 3, 1], outliers=9),
+        block_tensor(ir.BlockSpec((30, 96), "minifloat", 5, 16, 2)),
+        affine_tensor(ir.AffineSpec((30, 96), 4, 32)),
     ]
-
-
-class Answer:
-    """What the driver's process found out."""
-
-    def __init__(self, folder: Path, steps: list[dict[str, Any]], errors: list[str]) -> None:
-        self.about: dict[str, Any] = json.loads((folder / "answer.json").read_text())
-        with np.load(folder / "answer.npz") as arrays:
-            self._arrays = dict(arrays)
-        self._steps, self.errors = steps, errors
-
-    def values(self, step: int, thread: int = 0) -> np.ndarray:
-        """Of all rows; nothing was written beside them."""
-        found, columns = self._arrays[f"{thread}/{step}/values"], self._steps[step]["columns"]
-        assert (found[:, columns:] == SENTINEL).all()
-        values: np.ndarray = found[:, :columns]
-        return values
-
-    def products(self, step: int, thread: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[row], of one row of activations; [row, activations] of pairs' first and second; none is written beside."""
-        single, pairs = (self._arrays[f"{thread}/{step}/{what}"] for what in ("single", "pairs"))
-        assert (single[:, 1:] == SENTINEL).all()
-        assert (pairs[:, :, 2:] == SENTINEL).all()
-        return single[:, 0], pairs[:, :, 0], pairs[:, :, 1]
-
-    def is_nan(self, step: int) -> bool:
-        """Whether nothing is a number; otherwise all is."""
-        found = np.concatenate([np.isnan(array).ravel() for array in (self.values(step), *self.products(step))])
-        assert found.all() or not found.any()
-        return bool(found.all())
-
-    def assert_of(self, step: int, tensor: ir.Tensor, thread: int = 0) -> None:
-        """Values to the last bit, products near those in FP64."""
-        weight = ir.dequantize(tensor)
-        assert ir.digest(self.values(step, thread)) == ir.digest(weight), (step, tensor.spec)
-        x = np.random.default_rng(weight.shape[1]).standard_normal((2, weight.shape[1])).astype(np.float32)
-        weights, inputs = weight.astype(np.float64), x.astype(np.float64)
-        exact, limit = weights @ inputs.T, 1e-6 * (np.abs(weights) @ np.abs(inputs.T)) + 1e-42
-        single, first, second = self.products(step, thread)
-        apart = len(exact) - len(first)
-        assert (np.abs(single - exact[:, 0]) <= limit[:, 0]).all(), (step, tensor.spec)
-        assert (np.abs(first - exact[: len(first)]) <= limit[: len(first)]).all(), (step, tensor.spec)
-        assert (np.abs(second - exact[apart:]) <= limit[apart:]).all(), (step, tensor.spec)
-
-
-Ask = Callable[..., Answer]
-
-
-@pytest.fixture
-def ask(tmp_path: Path) -> Ask:
-    """ask([(name of the type, shape, blob, place or None), ...], environment, **request) -> what the driver found."""
-    found = importlib.util.find_spec("libggml")
-    folders = [
-        Path(folder) / sub for folder in (found and found.submodule_search_locations) or () for sub in ("lib64", "lib")
-    ]
-    folder = next((folder for folder in folders if (folder / "libggml-cpu.so").is_file()), None)
-    if folder is None:
-        pytest.skip("libggml-python is not installed")
-    libraries = [str(folder / f"libggml-{part}.so") for part in ("base", "cpu")]
-
-    def run(tensors: list[Any], environment: dict[str, str] | None = None, **request: Any) -> Answer:
-        steps = []
-        for name, (rows, columns), blob, *at in tensors:
-            number = custom.TYPES[name][0]
-            steps.append(
-                {"number": number, "rows": rows, "columns": columns, "bytes": len(blob), "at": (at or [None])[0]}
-            )
-        (tmp_path / "request.json").write_text(json.dumps({"steps": steps, **request}))
-        (tmp_path / "blobs.bin").write_bytes(b"".join(blob.tobytes() for _, _, blob, *_ in tensors))
-        command = [sys.executable, str(DRIVER), str(tmp_path), str(PLUGIN), *libraries]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
-        assert done.returncode == 0, done.stderr[-3000:]
-        return Answer(tmp_path, steps, done.stderr.splitlines())
-
-    return run
 
 
 def encoded(tensor: ir.Tensor, name: str = "w") -> tuple[str, tuple[int, int], np.ndarray]:
@@ -243,10 +125,10 @@ def test_every_kind(ask: Ask, make: Callable[[], list[ir.Tensor]], level: str) -
 def test_the_ends_of_the_exponents(ask: Ask) -> None:
     """Scales that are no normal FP32 numbers, and values up to the largest."""
     tensors = [
-        blocks(ir.BlockSpec((40, 96), "bfp", 4, 32), (-127, -120)),
-        blocks(ir.BlockSpec((40, 96), "bfp", 4, 32), (115, 120)),
-        blocks(ir.BlockSpec((40, 96), "log", 5, 32), (-127, -120)),
-        blocks(ir.BlockSpec((200, 8224), "log", 8, 32), (-22, -18)),
+        block_tensor(ir.BlockSpec((40, 96), "bfp", 4, 32), exponents=(-127, -120)),
+        block_tensor(ir.BlockSpec((40, 96), "bfp", 4, 32), exponents=(115, 120)),
+        block_tensor(ir.BlockSpec((40, 96), "log", 5, 32), exponents=(-127, -120)),
+        block_tensor(ir.BlockSpec((200, 8224), "log", 8, 32), exponents=(-22, -18)),
     ]
     answer = ask([encoded(tensor) for tensor in tensors])
     for step, tensor in enumerate(tensors):
@@ -255,7 +137,7 @@ def test_the_ends_of_the_exponents(ask: Ask) -> None:
 
 def test_threads_at_once(ask: Ask) -> None:
     """Each meets the tensors in another order, and all of them at first."""
-    tensors = small() + [codebook((480, 64), 1, MIXED, seed=seed) for seed in range(4)]
+    tensors = small() + [codebook_tensor((480, 64), 1, MIXED, seed=seed) for seed in range(4)]
     answer = ask([encoded(tensor) for tensor in tensors], threads=8)
     assert answer.errors == []
     for thread in range(8):
@@ -265,12 +147,12 @@ def test_threads_at_once(ask: Ask) -> None:
 
 def test_another_tensor_in_the_same_memory(ask: Ask) -> None:
     """At the same place, of the same sizes and of others, and the first one again; then over the beginning of it."""
-    tensors = [*small(), codebook((9, 1024), 0, MIXED, scaled=True, outliers=30, seed=1), small()[0]]
+    tensors = [*small(), codebook_tensor((9, 1024), 0, MIXED, scaled=True, outliers=30, seed=1), small()[0]]
     steps = [(*encoded(tensor), 1 << 16) for tensor in tensors]
     name, (_, columns), _, place = steps[-1]
     stride = columns // 32 * custom.TYPES[name][1]
     for seed, before in ((2, 8 * stride), (3, 8 * stride + 32), (4, 9 * stride)):  # on its rows and between them
-        tensors.append(codebook((9, 1024), 0, MIXED, scaled=True, outliers=30, seed=seed))
+        tensors.append(codebook_tensor((9, 1024), 0, MIXED, scaled=True, outliers=30, seed=seed))
         steps.append((*encoded(tensors[-1]), place - before))
     answer = ask(steps, arena=1 << 20)
     assert answer.errors == []
@@ -280,7 +162,7 @@ def test_another_tensor_in_the_same_memory(ask: Ask) -> None:
 
 def test_memory_that_is_mapped_in_parts(ask: Ask) -> None:
     """As that of llama.cpp's --mlock is where it may lock only some."""
-    tensor = codebook((64, 2048), 0, 3)
+    tensor = codebook_tensor((64, 2048), 0, 3)
     answer = ask([encoded(tensor)], split=True)
     assert answer.errors == []
     answer.assert_of(0, tensor)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyquant import ir
-from anyquant.ir import packing
 from anyquant.runtime import native, native_matmul
 from anyquant.runtime.native_matmul import Level, PackedMatrix
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no compiled library: {native.why_not()}")
 
@@ -28,33 +28,6 @@ WIDTHS: dict[str, Callable[[int], np.ndarray]] = {
     "mixed": lambda n: np.random.default_rng(n).integers(0, 9, n),
     "3 and 4": lambda n: 3 + np.arange(n) % 2,
 }
-
-
-def matrix(
-    shape: tuple[int, int], axis: int, bits: np.ndarray, *, scaled: bool = False, outliers: int = 0, seed: int = 0
-) -> ir.Tensor:
-    """A codebook tensor of random codes, entries, scales and outliers."""
-    rng, bits = np.random.default_rng(seed), np.asarray(bits, np.uint8)
-    spec = ir.CodebookSpec.from_bits(shape, axis, bits, input_scale=scaled, outliers=outliers)
-    codes = [packing.pack(rng.integers(0, 1 << b, (1, shape[1 - axis])).astype(np.uint8), b) for b in bits.tolist()]
-    entries = [np.sort(rng.standard_normal(1 << b)) for b in bits.tolist()]
-    arrays = {
-        ".bits": bits,
-        ".codes": np.concatenate([each.ravel() for each in codes]).astype(np.uint8),
-        ".codebook": np.concatenate(entries).astype(np.float16),
-    }
-    if scaled:
-        arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
-    if outliers:
-        places = np.sort(rng.choice(shape[0] * shape[1], outliers, replace=False))
-        row, column = np.divmod(places, shape[1])
-        ends = np.cumsum(np.bincount(row, minlength=shape[0]))
-        arrays[".outlier_indptr"] = np.concatenate([[0], ends]).astype(np.uint32)
-        arrays[".outlier_index"] = column.astype(np.uint16 if shape[1] <= 65536 else np.uint32)
-        arrays[".outlier_value"] = (5 * rng.standard_normal(outliers)).astype(np.float16)
-    tensor = ir.Tensor(spec, arrays)
-    tensor.check("w")
-    return tensor
 
 
 def activations(batch: int, columns: int) -> np.ndarray:
@@ -81,7 +54,7 @@ def test_every_width_shape_and_axis(shape: tuple[int, int], axis: int, widths: s
     """With all instructions that there are, of one and of many rows of activations, in several parts."""
     bits = WIDTHS[widths](shape[axis])
     for scaled, outliers in ((False, 0), (True, min(shape[0] * shape[1], 40))):
-        tensor = matrix(shape, axis, bits, scaled=scaled, outliers=outliers)
+        tensor = codebook_tensor(shape, axis, bits, scaled=scaled, outliers=outliers)
         packed = PackedMatrix(tensor)
         for batch in (1, 2, 3, 4, 6, 7, 9):
             x = activations(batch, shape[1])
@@ -89,44 +62,14 @@ def test_every_width_shape_and_axis(shape: tuple[int, int], axis: int, widths: s
                 assert error(packed.multiply(x, parts=1 + batch % 3, level=level), x, tensor) < 1e-6
 
 
-def blocks(spec: ir.BlockSpec, seed: int = 0) -> ir.Tensor:
-    """A block tensor of random codes, with a block of zeros, and exponents from small to large."""
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 1 << spec.width, (spec.shape[0], spec.blocks * spec.block))
-    exponents = rng.integers(-12, 12, (spec.shape[0], spec.blocks)).astype(np.int8)
-    if spec.format != "log":
-        codes[codes == 1 << (spec.width - 1)] = 0  # no negative zero
-    codes[:, spec.shape[1] :] = 0
-    if spec.format != "log":
-        codes[-1, -spec.block :] = 0
-        exponents[~codes.reshape(*exponents.shape, spec.block).any(axis=2)] = ir.ZERO_BLOCK
-    stored = packing.pack(codes.astype(np.uint8), spec.width)
-    tensor = ir.Tensor(spec, {".codes": stored, ".exponents": exponents})
-    tensor.check("w")
-    return tensor
-
-
-def affine(spec: ir.AffineSpec, seed: int = 0) -> ir.Tensor:
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 1 << spec.bits, (spec.shape[0], spec.blocks * spec.block))
-    codes[:, spec.shape[1] :] = 0
-    arrays = {
-        ".codes": packing.pack(codes.astype(np.uint8), spec.bits),
-        ".scale": rng.uniform(0.01, 1, (spec.shape[0], spec.blocks)).astype(np.float16),
-        ".zero": rng.integers(0, 1 << spec.bits, (spec.shape[0], spec.blocks)).astype(np.uint8),
-    }
-    tensor = ir.Tensor(spec, arrays)
-    tensor.check("w")
-    return tensor
-
-
 def every_block(shape: tuple[int, int]) -> list[ir.Tensor]:
     found = []
     for width in range(2, 9):
         for block in (16, 32):
-            found += [blocks(ir.BlockSpec(shape, kind, width, block)) for kind in ("bfp", "log")]
-            found.append(blocks(ir.BlockSpec(shape, "minifloat", width, block, max(1, width // 2))))
-    found += [affine(ir.AffineSpec(shape, bits, block)) for bits in (2, 4, 8) for block in (16, 32, 64, 128, 256)]
+            for form, exponent_width in (("bfp", 0), ("log", 0), ("minifloat", max(1, width // 2))):
+                found.append(block_tensor(ir.BlockSpec(shape, form, width, block, exponent_width)))
+    for bits in (2, 4, 8):
+        found += [affine_tensor(ir.AffineSpec(shape, bits, block)) for block in (16, 32, 64, 128, 256)]
     return found
 
 
@@ -144,30 +87,34 @@ def test_every_block_format(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("widths", ["0", "3", "4", "7", "mixed"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (70, 577), (300, 1100)])
-def test_row_by_row(shape: tuple[int, int], axis: int, widths: str) -> None:
+def test_bands(shape: tuple[int, int], axis: int, widths: str) -> None:
     """As llama.cpp asks for them, of one and of two rows of activations."""
     bits = WIDTHS[widths](shape[axis])
     for scaled, outliers in ((False, 0), (True, min(shape[0] * shape[1], 40))):
-        tensor = matrix(shape, axis, bits, scaled=scaled, outliers=outliers)
-        packed, x = PackedMatrix(tensor, by_row=True), activations(3, shape[1])
+        tensor = codebook_tensor(shape, axis, bits, scaled=scaled, outliers=outliers)
+        packed, x = PackedMatrix(tensor, in_bands=True), activations(3, shape[1])
         for level in levels():
-            assert error(packed.multiply_by_row(x, level), x, tensor) < 1e-6
-        assert error(packed.multiply(activations(9, shape[1])), activations(9, shape[1]), tensor) < 1e-6
+            assert error(packed.multiply_in_bands(x, level), x, tensor) < 1e-6
+        if axis:
+            assert error(packed.multiply(x), x, tensor) < 1e-6
+        else:  # packed for nothing else
+            with pytest.raises(ValueError, match="refused"):
+                packed.multiply(x)
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (70, 577), (9, 1536)])
-def test_every_block_format_row_by_row(shape: tuple[int, int]) -> None:
+def test_every_block_format_in_bands(shape: tuple[int, int]) -> None:
     for tensor in every_block(shape):
-        packed, x = PackedMatrix(tensor, by_row=True), activations(3, shape[1])
+        packed, x = PackedMatrix(tensor, in_bands=True), activations(3, shape[1])
         for level in levels():
-            assert error(packed.multiply_by_row(x, level), x, tensor) < 1e-5, (tensor.spec, level)
+            assert error(packed.multiply_in_bands(x, level), x, tensor) < 1e-5, (tensor.spec, level)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("batch", [65, 66, 67, 69, 131, 133, 135])
 def test_more_rows_than_one_pass_serves(axis: int, batch: int) -> None:
     shape = (150, 700)
-    tensor = matrix(shape, axis, 2 + np.arange(shape[axis]) % 4, scaled=True, outliers=200)
+    tensor = codebook_tensor(shape, axis, 2 + np.arange(shape[axis]) % 4, scaled=True, outliers=200)
     packed, x = PackedMatrix(tensor), activations(batch, shape[1])
     for level in levels():
         assert error(packed.multiply(x, level=level), x, tensor) < 1e-6
@@ -177,7 +124,7 @@ def test_more_rows_than_one_pass_serves(axis: int, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2, 4, 6, 9, 140])
 def test_results_do_not_depend_on_parts(axis: int, batch: int) -> None:
     shape = (521, 700)
-    packed = PackedMatrix(matrix(shape, axis, np.arange(shape[axis]) % 9, outliers=100))
+    packed = PackedMatrix(codebook_tensor(shape, axis, np.arange(shape[axis]) % 9, outliers=100))
     x = activations(batch, shape[1])
     whole = packed.multiply(x)
     for parts in (2, 3, 7, 64, 1000):
@@ -189,7 +136,7 @@ def test_outliers_alone_and_everywhere(axis: int) -> None:
     """They replace what codes say, also where all weights are outliers, and in rows without codes."""
     shape = (9, 70)
     for bits in (np.zeros(shape[axis]), np.full(shape[axis], 3)):
-        tensor = matrix(shape, axis, bits, scaled=True, outliers=shape[0] * shape[1])
+        tensor = codebook_tensor(shape, axis, bits, scaled=True, outliers=shape[0] * shape[1])
         packed = PackedMatrix(tensor)
         for level, batch in itertools.product(levels(), (1, 3, 11)):
             x = activations(batch, shape[1])
@@ -200,7 +147,7 @@ def test_outliers_alone_and_everywhere(axis: int) -> None:
 def test_outliers_of_columns_whose_scale_is_zero(axis: int) -> None:
     """They stay what they are, though all codes of their columns count nothing."""
     shape = (300, 70)
-    tensor = matrix(shape, axis, np.arange(shape[axis]) % 5, scaled=True, outliers=900)
+    tensor = codebook_tensor(shape, axis, np.arange(shape[axis]) % 5, scaled=True, outliers=900)
     tensor.arrays[".input_scale"][::3] = 0
     tensor.arrays[".input_scale"][1::3] = 6e-8  # the smallest
     packed = PackedMatrix(tensor)
@@ -218,7 +165,7 @@ def test_the_environment_limits_instructions(level: Level) -> None:
 
 
 def test_zero_and_constant_rows() -> None:
-    tensor = matrix((10, 200), 0, np.full(10, 4))
+    tensor = codebook_tensor((10, 200), 0, np.full(10, 4))
     tensor.arrays[".codebook"][:] = np.repeat(np.arange(10) - 3, 16)
     packed, x = PackedMatrix(tensor), activations(2, 200)
     for level in levels():
@@ -228,7 +175,7 @@ def test_zero_and_constant_rows() -> None:
 
 
 def test_no_activations() -> None:
-    packed = PackedMatrix(matrix((10, 20), 0, np.full(10, 2)))
+    packed = PackedMatrix(codebook_tensor((10, 20), 0, np.full(10, 2)))
     assert packed.multiply(np.empty((0, 20), np.float32)).shape == (0, 10)
     about = packed.packed.ctypes.data
     for workspace in (None, 1):  # of no bytes, and so wherever it likes
@@ -243,7 +190,7 @@ def test_memory_is_near_the_stored_size(bits: int, length: int) -> None:
     """Whole units lose nothing but with 7 bits; a tail takes whole chunks of 64, nibbles or bytes."""
     for axis in (0, 1):
         shape = (64, length) if axis == 0 else (length, 64)
-        tensor = matrix(shape, axis, np.full(64, bits))
+        tensor = codebook_tensor(shape, axis, np.full(64, bits))
         tail = -(-(length % 512) // 64)
         unit, chunk = 64 * (8 if bits == 7 else bits), 32 if bits <= 4 else 64
         codes = 64 * (length // 512 * unit + min(tail * chunk, unit))
@@ -252,14 +199,14 @@ def test_memory_is_near_the_stored_size(bits: int, length: int) -> None:
 
 
 def test_other_activations_are_refused() -> None:
-    packed = PackedMatrix(matrix((10, 20), 0, np.full(10, 2)))
+    packed = PackedMatrix(codebook_tensor((10, 20), 0, np.full(10, 2)))
     for wrong in (np.ones((1, 21), np.float32), np.ones(20, np.float32), np.ones((1, 20))):
         with pytest.raises(ValueError, match=r"expected float32 \[batch, 20\]"):
             packed.multiply(wrong)
 
 
 def test_instructions_that_are_not_there_are_refused() -> None:
-    packed = PackedMatrix(matrix((10, 20), 0, np.full(10, 2)))
+    packed = PackedMatrix(codebook_tensor((10, 20), 0, np.full(10, 2)))
     with pytest.raises(ValueError, match="a bad argument"):
         packed.multiply(activations(1, 20), level=9)  # type: ignore[arg-type]
 
@@ -273,7 +220,7 @@ def test_other_kinds_are_refused() -> None:
 @pytest.mark.parametrize("name", [".bits", ".codes", ".codebook", ".input_scale", ".outlier_indptr", ".outlier_value"])
 @pytest.mark.parametrize("by", [-1, 1])
 def test_arrays_of_another_length_are_refused(name: str, by: int) -> None:
-    tensor = matrix((10, 33), 0, np.arange(10) % 9, scaled=True, outliers=5)
+    tensor = codebook_tensor((10, 33), 0, np.arange(10) % 9, scaled=True, outliers=5)
     array = tensor.arrays[name]
     tensor.arrays[name] = array[:-1] if by < 0 else np.concatenate([array, array[:1]])
     with pytest.raises(ValueError, match="do not fit together"):
@@ -281,7 +228,7 @@ def test_arrays_of_another_length_are_refused(name: str, by: int) -> None:
 
 
 def test_hostile_widths_and_outliers_are_refused() -> None:
-    tensor = matrix((10, 33), 0, np.full(10, 2), outliers=5)
+    tensor = codebook_tensor((10, 33), 0, np.full(10, 2), outliers=5)
     tensor.arrays[".bits"] = np.full(10, 9, np.uint8)
     with pytest.raises(ValueError, match="do not fit together"):
         PackedMatrix(tensor)
@@ -289,7 +236,7 @@ def test_hostile_widths_and_outliers_are_refused() -> None:
         (".outlier_index", 0, 33), (".outlier_index", 4, 65535), (".outlier_indptr", 3, 2**32 - 1),
         (".outlier_indptr", 0, 1), (".outlier_indptr", -1, 4),
     ):  # fmt: skip
-        tensor = matrix((10, 33), 0, np.full(10, 2), outliers=5)
+        tensor = codebook_tensor((10, 33), 0, np.full(10, 2), outliers=5)
         tensor.arrays[name][at] = value
         with pytest.raises(ValueError, match="outliers out of order"):
             PackedMatrix(tensor)
