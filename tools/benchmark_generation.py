@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from typing import Any
 
 import fetch
 import numpy as np
+import processes
 
 PROMPT = "<|im_start|>user\nWhy is the sea salty?<|im_end|>\n<|im_start|>assistant\n"
 WARM = 8
@@ -127,37 +126,27 @@ def _seconds(write: Callable[[int], None], tokens: int) -> float:
     return times[1] - times[0]
 
 
-def _megabytes(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024 / 1e6
-
-
 def prepare(work: Path, model: str, bits: list[str]) -> list[tuple[str, str, Path]]:
     """Make what is not there yet: (runtime, label, folder) of all that is run."""
-
-    def run(*command: str) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-
-    anyquant = str(Path(sys.executable).with_name("anyquant"))
     for each in bits:
         if not (work / f"ir{each}").exists():
-            run(anyquant, "quantize", model, "-o", str(work / f"ir{each}"), "--method", "skim", "--bits", each)
+            processes.anyquant("quantize", model, "-o", str(work / f"ir{each}"), "--method", "skim", "--bits", each)
         if not (work / f"onnx{each}").exists():
-            run(anyquant, "export", "onnx", str(work / f"ir{each}"), "-o", str(work / f"onnx{each}"), "--with-runtime")
+            processes.anyquant(
+                "export", "onnx", str(work / f"ir{each}"), "-o", str(work / f"onnx{each}"), "--with-runtime"
+            )
     first = str(work / f"ir{bits[0]}")
     if not (work / "onnx-fp32").exists():
-        run(anyquant, "export", "onnx", first, "-o", str(work / "onnx-fp32"), "--layout", "f32")
+        processes.anyquant("export", "onnx", first, "-o", str(work / "onnx-fp32"), "--layout", "f32")
     if not (work / "onnx-int4").exists():
-        import anyquant as package
+        import anyquant
 
-        package.load(first, dequantize=True).save_pretrained(work / "huggingface")
+        anyquant.load(first, dequantize=True).save_pretrained(work / "huggingface")
         for path in (work / "onnx-fp32").glob("*token*"):
             (work / "huggingface" / path.name).write_bytes(path.read_bytes())
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(work / "huggingface")]
         made = str(work / "onnx-int4.partial")
-        run(*builder, "-o", made, "-p", "int4", "-e", "cpu", "-c", str(work / "cache"))
+        processes.run(*builder, "-o", made, "-p", "int4", "-e", "cpu", "-c", str(work / "cache"))
         Path(made).rename(work / "onnx-int4")
     rows = [("torch, FP32", "FP32", Path(first))]
     rows += [("torch", f"{each} bits", work / f"ir{each}") for each in bits]
@@ -169,14 +158,9 @@ def prepare(work: Path, model: str, bits: list[str]) -> list[tuple[str, str, Pat
 
 def measure(runtime: str, folder: Path, tokens: int, threads: int) -> dict[str, float]:
     """Tokens per second and memory, by a process of its own."""
-    command = [sys.executable, __file__, "--one", runtime, "--work", str(folder)]
-    command += ["--tokens", str(tokens), "--threads", str(threads)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{runtime} failed on {folder}:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = [f"--tokens={tokens}", f"--threads={threads}"]
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    return processes.measured(__file__, "--one", runtime, "--work", str(folder), *options, environment=environment)
 
 
 def main() -> None:
@@ -192,11 +176,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         seconds = RUNTIMES[arguments.one](arguments.work, arguments.tokens, arguments.threads)
-        print(
-            json.dumps(
-                {"speed": arguments.tokens / seconds, "held": _megabytes("VmRSS:"), "most": _megabytes("VmHWM:")}
-            )
-        )
+        held, most = processes.memory("VmRSS"), processes.memory("VmHWM")
+        print(json.dumps({"speed": arguments.tokens / seconds, "held": held, "most": most}))
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.model or str(fetch.fetch("gguf")["gguf"])

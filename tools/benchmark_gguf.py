@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import fetch
 import numpy as np
+import processes
 
 WARM = 8
 """Tokens that are written before time is taken; the first of all also has tensors repacked."""
@@ -29,25 +28,19 @@ STOCK = {"Q4_0": "4.25", "Q8_0": "8.25"}
 
 def prepare(work: Path, model: str, bits: list[str]) -> dict[str, Path]:
     """Make what is not there yet: label -> file."""
-    anyquant = str(Path(sys.executable).with_name("anyquant"))
-
-    def run(*command: str) -> None:
-        done = subprocess.run([anyquant, *command], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"anyquant {' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
     def quantized(method: str, each: str) -> Path:
         folder = work / f"{method}-{each}"
         if not folder.exists():
             # Speed does not depend on which weights get more bits; that takes minutes to find out.
             importance = ["--importance", "norms"] if method == "skim" else []
-            run("quantize", model, "-o", str(folder), "--method", method, "--bits", each, *importance)
+            processes.anyquant("quantize", model, "-o", str(folder), "--method", method, "--bits", each, *importance)
         return folder
 
     def exported(folder: Path, *options: str) -> Path:
         file = work / f"{folder.name}{''.join(options)}.gguf"
         if not file.exists():
-            run("export", "gguf", str(folder), "-o", str(file), *options)
+            processes.anyquant("export", "gguf", str(folder), "-o", str(file), *options)
         return file
 
     first = quantized("skim", bits[0])
@@ -73,21 +66,13 @@ def run_one(file: Path, prompt: int, tokens: int, threads: int) -> dict[str, flo
 
     at_once = min(seconds(given, 1) for _ in range(3))
     one_by_one = seconds(given[:4], WARM + tokens) - seconds(given[:4], WARM)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    memory = {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Vm")}
-    return {"prefill": prompt / at_once, "decode": tokens / one_by_one, "held": memory["VmRSS"]}
+    return {"prefill": prompt / at_once, "decode": tokens / one_by_one, "held": processes.memory("VmRSS")}
 
 
 def measure(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """The same by a process of its own."""
-    command = [sys.executable, __file__, "--one", str(file), "--work", str(file.parent)]
-    for name in ("prompt", "tokens", "threads"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{file} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("prompt", "tokens", "threads")]
+    return processes.measured(__file__, "--one", str(file), "--work", str(file.parent), *options)
 
 
 def main() -> None:

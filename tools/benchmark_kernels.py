@@ -22,13 +22,14 @@ import torch
 from anyquant import ir
 from anyquant.runtime import native
 from anyquant.runtime.native_matmul import PackedMatrix, best_level
+from anyquant.testing import codebook_tensor
 
 Shape = tuple[int, int]
 DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
 
 
 def random_matrix(shape: Shape, axis: int, widths: Sequence[int], outliers: float = 0.0) -> ir.Tensor:
-    """A codebook matrix of random codes; channels have the widths in turn.
+    """A codebook matrix of random codes; channels have the widths in any order.
 
     Args:
         shape: [out, in].
@@ -36,24 +37,9 @@ def random_matrix(shape: Shape, axis: int, widths: Sequence[int], outliers: floa
         widths: bits of channels.
         outliers: part of the weights.
     """
-    rng = np.random.default_rng(0)
     bits = np.resize(np.array(widths, np.uint8), shape[axis])
-    rng.shuffle(bits)
-    count = int(outliers * shape[0] * shape[1])
-    spec = ir.CodebookSpec.from_bits(shape, axis, bits, outliers=count)
-    arrays: dict[str, np.ndarray] = {
-        ".bits": bits,
-        ".codes": rng.integers(0, 256, spec.code_bytes, dtype=np.uint8),
-        ".codebook": rng.standard_normal(spec.codebook_entries).astype(np.float16),
-    }
-    if count:
-        places = np.sort(rng.choice(shape[0] * shape[1], count, replace=False))
-        row, column = np.divmod(places, shape[1])
-        ends = np.cumsum(np.bincount(row, minlength=shape[0]))
-        arrays[".outlier_indptr"] = np.concatenate([[0], ends]).astype(np.uint32)
-        arrays[".outlier_index"] = column.astype(np.uint16)
-        arrays[".outlier_value"] = rng.standard_normal(count).astype(np.float16)
-    return ir.Tensor(spec, arrays)
+    np.random.default_rng(0).shuffle(bits)
+    return codebook_tensor(shape, axis, bits, outliers=int(outliers * shape[0] * shape[1]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""GGUF: one file for llama.cpp and its relatives, in stock tensor types that every build runs.
+"""GGUF: one file for llama.cpp and its relatives: in stock tensor types where they are exact, else in our own.
 
 Values are written exactly or refused. ``check`` and ``export`` share one path up to the header, so the bytes
 promised are the bytes written.
@@ -33,7 +33,7 @@ class GGUFExporter:
     """Writes GGUF files; see ``anyquant.exporters.protocol.Exporter``."""
 
     name = "gguf"
-    summary = "stock types of any llama.cpp; layouts f32 and f16 for the rest"
+    summary = "stock llama.cpp types where exact, else ours, which need a plug-in"
 
     def check(self, model: ir.Model, options: ExportOptions) -> ExportPlan:
         """Say what would be written, in exactly how many bytes, or which tensors do not fit and why.

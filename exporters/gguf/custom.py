@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant import ir
-from anyquant.errors import CorruptFileError
+from anyquant.errors import CorruptFileError, MissingDependency
 from anyquant.ir.packing import pack
 
 BLOCK = 32
@@ -242,8 +242,6 @@ def register() -> None:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:
-        from anyquant.errors import MissingDependency
-
         raise MissingDependency("gguf", "gguf", "reading a GGUF file") from None
     for name, (number, size) in TYPES.items():
         if number not in GGMLQuantizationType._value2member_map_:

@@ -11,9 +11,9 @@ import pytest
 
 from anyquant import ir
 from anyquant.checkpoint import TensorInfo
-from anyquant.ir.packing import pack
 from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Point, Sweep
+from anyquant.testing import codebook_tensor
 
 HOSTILE = '<script src="https://evil.example/x.js">&$\\frac{_[bold]'
 
@@ -35,31 +35,6 @@ class Weights:
 
     def fingerprint(self) -> str:
         return self.mark
-
-
-@pytest.fixture(scope="session")
-def codebook() -> Callable[..., ir.Tensor]:
-    """codebook(shape, bits, axis=0, seed=0, outliers=0, input_scale=False): a random codebook tensor."""
-
-    def make(
-        shape: tuple[int, int], bits: Any, axis: int = 0, seed: int = 0, outliers: int = 0, input_scale: bool = False
-    ) -> ir.Tensor:
-        rng = np.random.default_rng(seed)
-        widths = np.asarray(bits, np.uint8)
-        spec = ir.CodebookSpec.from_bits(shape, axis, widths, outliers=outliers, input_scale=input_scale)
-        tables = [np.sort(rng.normal(size=1 << int(b)).astype(np.float16)) for b in widths]
-        codes = [pack(rng.integers(0, 1 << int(b), (1, shape[1 - axis]), np.uint8), int(b))[0] for b in widths]
-        arrays = {".bits": widths, ".codes": np.concatenate(codes), ".codebook": np.concatenate(tables)}
-        if input_scale:
-            arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
-        if outliers:
-            row, column = np.divmod(np.sort(rng.choice(spec.numel, outliers, replace=False)), shape[1])
-            arrays[".outlier_indptr"] = np.searchsorted(row, np.arange(shape[0] + 1)).astype(np.uint32)
-            arrays[".outlier_index"] = column.astype(np.uint16)
-            arrays[".outlier_value"] = rng.normal(size=outliers).astype(np.float16)
-        return ir.Tensor(spec, arrays)
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +83,7 @@ def source_of() -> Callable[..., Weights]:
 
 
 @pytest.fixture(scope="session")
-def llama(codebook: Callable[..., ir.Tensor], write: Callable[..., ir.Model]) -> ir.Model:
+def llama(write: Callable[..., ir.Model]) -> ir.Model:
     """Three layers of two kinds with rows of 0 to 8 bits, a norm, outliers in one matrix; errors differ."""
     rng = np.random.default_rng(7)
     tensors: dict[str, ir.Tensor] = {}
@@ -118,7 +93,7 @@ def llama(codebook: Callable[..., ir.Tensor], write: Callable[..., ir.Model]) ->
             name = f"model.layers.{layer}.{kind}.weight"
             bits = rng.integers(0, 6, shape[0])
             bits[layer] = 8 if place else 7
-            tensors[name] = codebook(shape, bits, seed=layer, outliers=5 if (layer, place) == (1, 0) else 0)
+            tensors[name] = codebook_tensor(shape, 0, bits, seed=layer, outliers=5 if (layer, place) == (1, 0) else 0)
             losses[name] = (0.01 * (layer + 1), 0.1 / (1 + layer + place))
     norm = ir.DenseSpec((20,), "F32")
     tensors["model.norm.weight"] = ir.Tensor(norm, {".dense": np.ones(20, np.float32)})

@@ -13,21 +13,18 @@ from anyquant import ir
 from anyquant.ir import packing
 from anyquant.report.detail import by_width, detail, losses
 from anyquant.report.matrices import matrices
+from anyquant.testing import block_tensor, codebook_tensor
 
 
 @pytest.fixture(params=["rows", "columns", "block", "scaled"])
-def one(request: pytest.FixtureRequest, write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor]) -> ir.Model:
+def one(request: pytest.FixtureRequest, write: Callable[..., ir.Model]) -> ir.Model:
     """A model of one matrix, 9 x 37."""
     rng = np.random.default_rng(3)
     if request.param == "block":
-        spec = ir.BlockSpec((9, 37), "bfp", 4, 16)
-        codes = rng.integers(1, 8, (9, 48), np.uint8)
-        codes[:, 37:] = 0
-        arrays = {".codes": packing.pack(codes, 4), ".exponents": rng.integers(-3, 3, (9, 3)).astype(np.int8)}
-        return write({"w": ir.Tensor(spec, arrays)})
+        return write({"w": block_tensor(ir.BlockSpec((9, 37), "bfp", 4, 16), exponents=(-3, 3))})
     axis = int(request.param == "columns")
     bits = rng.integers(0, 6, (9, 37)[axis])
-    return write({"w": codebook((9, 37), bits, axis=axis, outliers=6, input_scale=request.param == "scaled")})
+    return write({"w": codebook_tensor((9, 37), axis, bits, outliers=6, scaled=request.param == "scaled")})
 
 
 @pytest.fixture(autouse=True)
@@ -121,11 +118,9 @@ def test_without_the_source(one: ir.Model) -> None:
     assert found.to_json()["before"] is None
 
 
-def test_a_matrix_of_one_value(
-    write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor], source_of: Any
-) -> None:
+def test_a_matrix_of_one_value(write: Callable[..., ir.Model], source_of: Any) -> None:
     """No range, no width to tell apart, and nothing lost."""
-    tensor = codebook((4, 10), [0, 0, 0, 0])
+    tensor = codebook_tensor((4, 10), 0, [0, 0, 0, 0])
     tensor.arrays[".codebook"][:] = 0
     model = write({"w": tensor})
     found = detail(model, matrices(model)[0], source_of(model, scale=0.0))

@@ -22,9 +22,10 @@ from anyquant.report.matrices import (
     unit_of,
 )
 from anyquant.summary import mean_losses
+from anyquant.testing import codebook_tensor
 
 
-def test_kinds_and_layers(write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor]) -> None:
+def test_kinds_and_layers(write: Callable[..., ir.Model]) -> None:
     names = {
         "model.layers.0.self_attn.q_proj.weight": ("q_proj", 0, "layer 0 q_proj"),
         "model.layers.11.mlp.gate_proj.weight": ("mlp.gate_proj", 11, "layer 11 mlp.gate_proj"),
@@ -39,7 +40,7 @@ def test_kinds_and_layers(write: Callable[..., ir.Model], codebook: Callable[...
         "visual.blocks.5.attn.q_proj.weight": ("attn.q_proj", 5, "layer 5 attn.q_proj"),
         "lm_head.weight": ("lm_head", None, "lm_head.weight"),
     }  # fmt: skip
-    found = matrices(write({name: codebook((3, 9), [2, 2, 1]) for name in names}))
+    found = matrices(write({name: codebook_tensor((3, 9), 0, [2, 2, 1]) for name in names}))
     # "q_proj" alone would name both the language model's and the vision tower's.
     names["model.layers.0.self_attn.q_proj.weight"] = ("self_attn.q_proj", 0, "layer 0 self_attn.q_proj")
     assert {m.name: (m.kind, m.layer, m.label) for m in found} == names
@@ -65,7 +66,7 @@ def test_widths_are_those_of_the_arrays(llama: ir.Model) -> None:
     assert kind.bits == pytest.approx(8 * sum(llama.entries[m.name].spec.nbytes for m in kind.matrices) / (3 * 12 * 20))
 
 
-def test_every_kind_of_tensor_has_a_width(write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor]) -> None:
+def test_every_kind_of_tensor_has_a_width(write: Callable[..., ir.Model]) -> None:
     def zeros(spec: ir.Spec) -> ir.Tensor:
         arrays = {suffix: np.zeros(shape, dtype) for suffix, (dtype, shape) in spec.arrays().items()}
         if isinstance(spec, ir.BlockSpec):
@@ -73,7 +74,7 @@ def test_every_kind_of_tensor_has_a_width(write: Callable[..., ir.Model], codebo
         return ir.Tensor(spec, arrays)
 
     widths: dict[str, tuple[ir.Tensor, str, list[int]]] = {
-        "columns": (codebook((5, 3), [3, 0, 8], axis=1), "column", [3, 0, 8]),
+        "columns": (codebook_tensor((5, 3), 1, [3, 0, 8]), "column", [3, 0, 8]),
         "block": (zeros(ir.BlockSpec((4, 32), "bfp", 5, 32)), "matrix", [5]),
         "affine": (zeros(ir.AffineSpec((4, 32), 4, 32)), "matrix", [4]),
     }
@@ -115,12 +116,10 @@ def test_errors_count_by_weights(llama: ir.Model) -> None:
     assert mean_error([], "error") is None
 
 
-def test_an_expert_without_tokens_has_no_error_of_its_outputs(
-    write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor]
-) -> None:
+def test_an_expert_without_tokens_has_no_error_of_its_outputs(write: Callable[..., ir.Model]) -> None:
     names = [f"model.layers.0.mlp.experts.down_proj#{i}" for i in range(3)]
     losses = {names[0]: (0.1, 0.3), names[1]: (0.1, None), names[2]: (0.0, 0.0)}
-    model = write({name: codebook((2, 9), [1, 2]) for name in names}, losses)
+    model = write({name: codebook_tensor((2, 9), 0, [1, 2]) for name in names}, losses)
     found = matrices(model)
     assert [m.output_error for m in found] == [0.3, None, 0.0]
     [kind] = by_kind(found)

@@ -26,6 +26,7 @@ from anyquant.report.plots import TICKS, bits_heat, unit_values
 from anyquant.report.run import ReportSettings, report, report_text
 from anyquant.reporting.estimate import Estimate
 from anyquant.sweep import Sweep
+from anyquant.testing import codebook_tensor
 
 HOSTILE = '<script src="https://evil.example/x.js">&$\\frac{_[bold]'
 
@@ -114,11 +115,9 @@ def test_the_page_is_whole_and_self_contained(facts: Facts, check_page: Callable
     assert "99 model: too many &lt;script" in page
 
 
-def test_names_from_outside_are_escaped(
-    write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor], check_page: Callable[[str], None]
-) -> None:
+def test_names_from_outside_are_escaped(write: Callable[..., ir.Model], check_page: Callable[[str], None]) -> None:
     pytest.importorskip("matplotlib")
-    tensors = {f"model.layers.{layer}.{HOSTILE}.weight": codebook((4, 8), [1, 2, 3, 8]) for layer in range(2)}
+    tensors = {f"model.layers.{layer}.{HOSTILE}.weight": codebook_tensor((4, 8), 0, [1, 2, 3, 8]) for layer in range(2)}
     model = write(tensors, name="<b>folder")
     model.settings["note"] = model.source["name"] = HOSTILE
     facts = collect(model)
@@ -156,13 +155,11 @@ def test_a_block_model(tiny_llama: Path, tmp_path: Path, check_page: Callable[[s
     json.dumps(facts.to_json(), allow_nan=False)
 
 
-def test_thousands_of_experts_stay_readable(
-    write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor], check_page: Callable[[str], None]
-) -> None:
+def test_thousands_of_experts_stay_readable(write: Callable[..., ir.Model], check_page: Callable[[str], None]) -> None:
     pytest.importorskip("matplotlib")
     rng = np.random.default_rng(0)
     tensors = {
-        f"model.layers.{layer}.mlp.experts.{kind}#{expert}": codebook((6, 8), rng.integers(0, 5, 6))
+        f"model.layers.{layer}.mlp.experts.{kind}#{expert}": codebook_tensor((6, 8), 0, rng.integers(0, 5, 6))
         for layer in range(4)
         for kind in ("gate_up_proj", "down_proj")
         for expert in range(128)
@@ -178,11 +175,9 @@ def test_thousands_of_experts_stay_readable(
     assert "1,024 matrices of 2 kinds" in page
 
 
-def test_matrices_outside_of_layers(
-    write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor], check_page: Callable[[str], None]
-) -> None:
+def test_matrices_outside_of_layers(write: Callable[..., ir.Model], check_page: Callable[[str], None]) -> None:
     pytest.importorskip("matplotlib")
-    facts = collect(write({"lm_head.weight": codebook((4, 9), [2, 2, 0, 1])}))
+    facts = collect(write({"lm_head.weight": codebook_tensor((4, 9), 0, [2, 2, 0, 1])}))
     page = to_html(facts)
     check_page(page)
     assert facts.error == Estimate(pytest.approx(0.01), 1)
@@ -190,10 +185,8 @@ def test_matrices_outside_of_layers(
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_columns_are_called_columns(
-    write: Callable[..., ir.Model], codebook: Callable[..., ir.Tensor], source_of: Callable[..., Any]
-) -> None:
-    model = write({"model.layers.0.q.weight": codebook((9, 5), [1, 2, 3, 4, 4], axis=1)})
+def test_columns_are_called_columns(write: Callable[..., ir.Model], source_of: Callable[..., Any]) -> None:
+    model = write({"model.layers.0.q.weight": codebook_tensor((9, 5), 1, [1, 2, 3, 4, 4])})
     page = to_html(collect(model, source_of(model)))
     assert "Columns with the most bits" in page
     assert "Bits of the columns" in page

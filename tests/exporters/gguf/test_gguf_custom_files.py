@@ -20,45 +20,12 @@ from anyquant.errors import CorruptFileError
 from anyquant.exporters.gguf import GGUFExporter, container, custom
 from anyquant.exporters.protocol import ExportOptions
 from anyquant.gguf_container import padded, parse
-from anyquant.ir import packing
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
 
 LAYER = "model.layers.0"
 EMBEDDING = "model.embed_tokens.weight"
 Q_PROJ, K_PROJ, V_PROJ = (f"{LAYER}.self_attn.{part}_proj.weight" for part in "qkv")
 GATE_PROJ, UP_PROJ, DOWN_PROJ = (f"{LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-
-
-def codebook(
-    shape: tuple[int, int], axis: int, bits: list[int], *, scaled: bool = False, outliers: int = 0
-) -> ir.Tensor:
-    rng, widths = np.random.default_rng(axis), np.resize(np.array(bits, np.uint8), shape[axis])
-    spec = ir.CodebookSpec.from_bits(shape, axis, widths, input_scale=scaled, outliers=outliers)
-    codes = [packing.pack(rng.integers(0, 1 << b, (1, shape[1 - axis]), np.uint8), b)[0] for b in widths.tolist()]
-    entries = [np.sort(rng.standard_normal(1 << b)) for b in widths.tolist()]
-    arrays = {".bits": widths, ".codes": np.concatenate(codes), ".codebook": np.concatenate(entries).astype(np.float16)}
-    if scaled:
-        arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
-    if outliers:
-        row, column = np.divmod(np.sort(rng.choice(spec.numel, outliers, replace=False)), shape[1])
-        arrays[".outlier_indptr"] = np.searchsorted(row, np.arange(shape[0] + 1)).astype(np.uint32)
-        arrays[".outlier_index"] = column.astype(np.uint16)
-        arrays[".outlier_value"] = rng.standard_normal(outliers).astype(np.float16)
-    return ir.Tensor(spec, arrays)
-
-
-def block(spec: ir.BlockSpec) -> ir.Tensor:
-    """Codes of 1: no zero, no negative zero."""
-    codes = np.ones((spec.shape[0], spec.blocks * spec.block), np.uint8)
-    exponents = np.random.default_rng(0).integers(-3, 3, (spec.shape[0], spec.blocks))
-    return ir.Tensor(spec, {".codes": packing.pack(codes, spec.width), ".exponents": exponents.astype(np.int8)})
-
-
-def affine(spec: ir.AffineSpec) -> ir.Tensor:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 1 << spec.bits, (spec.shape[0], spec.blocks * spec.block), np.uint8)
-    zero = rng.integers(0, 1 << spec.bits, (spec.shape[0], spec.blocks), np.uint8)
-    scale = rng.standard_normal(zero.shape).astype(np.float16)
-    return ir.Tensor(spec, {".codes": packing.pack(codes, spec.bits), ".scale": scale, ".zero": zero})
 
 
 # A process of its own: the types that gguf-py knows are those of all its users.
@@ -125,12 +92,12 @@ def own(tensors: dict[str, ir.Tensor]) -> dict[str, ir.Tensor]:
     """The tiny llama, and in it what no stock type holds."""
     return {
         **tensors,
-        EMBEDDING: codebook((50, 64), 0, [3, 4]),
-        Q_PROJ: codebook((64, 64), 0, [2, 3, 0, 1], outliers=30),
-        K_PROJ: codebook((32, 64), 1, [2, 0, 3], scaled=True, outliers=20),
-        V_PROJ: affine(ir.AffineSpec((32, 64), 2, 16)),
-        GATE_PROJ: block(ir.BlockSpec((96, 64), "minifloat", 4, 32, 2)),
-        DOWN_PROJ: block(ir.BlockSpec((64, 96), "log", 3, 32)),
+        EMBEDDING: codebook_tensor((50, 64), 0, [3, 4]),
+        Q_PROJ: codebook_tensor((64, 64), 0, [2, 3, 0, 1], outliers=30),
+        K_PROJ: codebook_tensor((32, 64), 1, [2, 0, 3], scaled=True, outliers=20),
+        V_PROJ: affine_tensor(ir.AffineSpec((32, 64), 2, 16)),
+        GATE_PROJ: block_tensor(ir.BlockSpec((96, 64), "minifloat", 4, 32, 2)),
+        DOWN_PROJ: block_tensor(ir.BlockSpec((64, 96), "log", 3, 32)),
     }
 
 
@@ -193,7 +160,7 @@ def test_embeddings_are_looked_up_and_so_of_a_stock_type(
     scaled: bool,
     expected: str,
 ) -> None:
-    own[EMBEDDING] = codebook((50, 64), axis, [3, 0, 4], scaled=scaled, outliers=9)
+    own[EMBEDDING] = codebook_tensor((50, 64), axis, [3, 0, 4], scaled=scaled, outliers=9)
     plan = _export(save_tiny(own), tmp_path / "x.gguf")
     assert plan.types[EMBEDDING] == expected
     assert _stored(tmp_path / "x.gguf", "token_embd.weight")[0] == expected
@@ -209,7 +176,7 @@ def test_embeddings_are_looked_up_and_so_of_a_stock_type(
 def test_what_no_type_holds_is_refused(
     own: dict[str, ir.Tensor], save_tiny: Callable[..., ir.Model], shape: tuple[int, int], bits: int, reason: str
 ) -> None:
-    own[UP_PROJ] = codebook(shape, 0, [bits])
+    own[UP_PROJ] = codebook_tensor(shape, 0, [bits])
     [refusal] = GGUFExporter().check(save_tiny(own), ExportOptions()).refusals
     assert refusal.tensor == UP_PROJ
     assert refusal.remedy.startswith("use --layout f16")

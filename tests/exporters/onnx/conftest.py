@@ -54,22 +54,6 @@ def _ggml(shape: tuple[int, ...], type_name: str, rng: np.random.Generator) -> i
     return ir.Tensor(spec, {".blocks": blocks.reshape(shape[0], -1)})
 
 
-def random_codebook(
-    shape: tuple[int, int], axis: int, bits: np.ndarray, *, scaled: bool = False, outliers: int = 0, seed: int = 0
-) -> ir.Tensor:
-    """Random codes, codebooks, scales and outliers for these widths per channel."""
-    rng = np.random.default_rng(seed)
-    widths, length = np.asarray(bits, np.uint8), shape[1 - axis]
-    spec = ir.CodebookSpec.from_bits(shape, axis, widths, input_scale=scaled, outliers=outliers)
-    codes = [pack(rng.integers(0, 1 << int(b), (1, length)), int(b))[0] for b in widths]
-    tables = [np.sort(rng.normal(size=1 << int(b))).astype(np.float16) for b in widths]
-    arrays = {".bits": widths, ".codes": np.concatenate(codes), ".codebook": np.concatenate(tables)}
-    if scaled:
-        arrays[".input_scale"] = rng.uniform(0.5, 2, shape[1]).astype(np.float16)
-    places = np.sort(rng.choice(spec.numel, outliers, replace=False))
-    return _with_outliers(spec, arrays, places, rng.normal(size=outliers))
-
-
 _BLOCK = 40
 """Weights in a block of the streaming body: several blocks, the last one not full."""
 
@@ -108,20 +92,6 @@ def codebook_model(
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
-def _with_outliers(
-    spec: ir.CodebookSpec, arrays: dict[str, np.ndarray], places: np.ndarray, values: np.ndarray
-) -> ir.Tensor:
-    rows, columns = np.divmod(places, spec.shape[1])
-    if spec.outliers:
-        starts = np.searchsorted(rows, np.arange(spec.shape[0] + 1))
-        arrays[".outlier_indptr"] = starts.astype(np.uint32)
-        arrays[".outlier_index"] = columns.astype(np.uint16 if spec.shape[1] <= 65536 else np.uint32)
-        arrays[".outlier_value"] = values.astype(np.float16)
-    tensor = ir.Tensor(spec, arrays)
-    tensor.check("random")
-    return tensor
-
-
 def _codebook(values: np.ndarray, how: str) -> ir.Tensor:
     """Quantiles of each channel as its codebook; how = WIDTH or "mixed", then "/columns", "+scale", "+outliers"."""
     rng = np.random.default_rng(len(values))
@@ -140,9 +110,16 @@ def _codebook(values: np.ndarray, how: str) -> ir.Tensor:
     arrays = {".bits": bits, ".codes": np.concatenate(codes), ".codebook": np.concatenate(tables)}
     if scale is not None:
         arrays[".input_scale"] = scale
-    flat = values.reshape(-1)
-    places = np.sort(np.argsort(-np.abs(flat))[:outliers])
-    return _with_outliers(spec, arrays, places, flat[places])
+    if outliers:
+        flat = values.reshape(-1)
+        places = np.sort(np.argsort(-np.abs(flat))[:outliers])
+        row, column = np.divmod(places, values.shape[1])
+        arrays[".outlier_indptr"] = np.searchsorted(row, np.arange(len(values) + 1)).astype(np.uint32)
+        arrays[".outlier_index"] = column.astype(np.uint16)
+        arrays[".outlier_value"] = flat[places].astype(np.float16)
+    tensor = ir.Tensor(spec, arrays)
+    tensor.check(how)
+    return tensor
 
 
 def quantize(values: np.ndarray, how: str) -> ir.Tensor:
@@ -298,12 +275,6 @@ def verify(logits_of: Callable[[Exported], tuple[np.ndarray, np.ndarray]]) -> Ca
         assert np.abs(onnxruntime - torch).max() <= 1e-3
 
     return check
-
-
-@pytest.fixture(scope="session")
-def codebook_of() -> Callable[..., ir.Tensor]:
-    """codebook_of(shape, axis, bits, scaled=, outliers=, seed=) -> random tensor."""
-    return random_codebook
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from anyquant.exporters.onnx.functions import (
     matmul_function,
     steps_for,
 )
+from anyquant.testing import codebook_tensor
 
 FALLBACKS = ("fold", "stream")
 SHAPES = [(5, 16), (16, 5), (7, 7), (1, 9), (9, 1), (13, 24)]
@@ -77,14 +78,12 @@ def cases(axes: tuple[int, ...]) -> Iterator[Any]:
                 yield pytest.param(shape, axis, np.array(bits), settings, id=f"{shape}-{axis}-{name}-{turn % 6}")
 
 
-Make = Callable[..., ir.Tensor]
 ModelOf = Callable[..., onnx.ModelProto]
 
 
 @pytest.mark.parametrize("fallback", FALLBACKS)
 @pytest.mark.parametrize(("shape", "axis", "bits", "settings"), list(cases((0, 1))))
 def test_products(
-    codebook_of: Make,
     model_of: ModelOf,
     shape: tuple[int, int],
     axis: int,
@@ -92,7 +91,7 @@ def test_products(
     settings: dict[str, Any],
     fallback: str,
 ) -> None:
-    tensor = codebook_of(shape, axis, bits, **settings)
+    tensor = codebook_tensor(shape, axis, bits, **settings)
     weights = ir.dequantize(tensor)
     rng = np.random.default_rng(1)
     bias = rng.normal(size=shape[0]).astype(np.float32)
@@ -110,10 +109,8 @@ def test_products(
 
 
 @pytest.mark.parametrize(("shape", "axis", "bits", "settings"), list(cases((0,))))
-def test_rows(
-    codebook_of: Make, model_of: ModelOf, shape: tuple[int, int], axis: int, bits: np.ndarray, settings: dict[str, Any]
-) -> None:
-    tensor = codebook_of(shape, axis, bits, **settings)
+def test_rows(model_of: ModelOf, shape: tuple[int, int], axis: int, bits: np.ndarray, settings: dict[str, Any]) -> None:
+    tensor = codebook_tensor(shape, axis, bits, **settings)
     weights = ir.dequantize(tensor)
     indices = np.random.default_rng(2).integers(-shape[0], shape[0], (2, 5))  # some twice, some from the end
     for steps in (steps_for([tensor.spec]), Steps()):
@@ -123,17 +120,17 @@ def test_rows(
         assert np.array_equal(reference(model, indices), weights[indices])
 
 
-def test_blocks_of_one_channel_and_of_all(codebook_of: Make, model_of: ModelOf) -> None:
+def test_blocks_of_one_channel_and_of_all(model_of: ModelOf) -> None:
     for axis in (0, 1):
-        tensor = codebook_of((12, 20), axis, np.arange((12, 20)[axis]) % 9, scaled=True, outliers=30)
+        tensor = codebook_tensor((12, 20), axis, np.arange((12, 20)[axis]) % 9, scaled=True, outliers=30)
         expected = ir.dequantize(tensor)
         for block in (1, 1 << 20):
             model = model_of(tensor, "stream", block=block)
             assert np.array_equal(run(model, np.eye(20, dtype=np.float32)[None])[0].T, expected)
 
 
-def test_columns_beyond_16_bits(codebook_of: Make, model_of: ModelOf) -> None:
-    tensor = codebook_of((3, 65544), 0, np.array([1, 0, 2]), outliers=50)
+def test_columns_beyond_16_bits(model_of: ModelOf) -> None:
+    tensor = codebook_tensor((3, 65544), 0, np.array([1, 0, 2]), outliers=50)
     assert tensor.arrays[".outlier_index"].dtype == np.uint32
     weights = ir.dequantize(tensor)
     activations = np.random.default_rng(0).normal(size=(1, 2, 65544)).astype(np.float32)
@@ -143,8 +140,8 @@ def test_columns_beyond_16_bits(codebook_of: Make, model_of: ModelOf) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 20, 21, 23, 24])
-def test_the_opset_of_the_model_is_used(codebook_of: Make, model_of: ModelOf, opset: int) -> None:
-    tensor = codebook_of((6, 20), 0, np.array([3, 0, 8, 1, 2, 5]), scaled=True, outliers=9)
+def test_the_opset_of_the_model_is_used(model_of: ModelOf, opset: int) -> None:
+    tensor = codebook_tensor((6, 20), 0, np.array([3, 0, 8, 1, 2, 5]), scaled=True, outliers=9)
     weights = ir.dequantize(tensor)
     for fallback in FALLBACKS:
         model = model_of(tensor, fallback, opset=opset)
@@ -153,8 +150,8 @@ def test_the_opset_of_the_model_is_used(codebook_of: Make, model_of: ModelOf, op
     assert np.array_equal(run(model_of(tensor, opset=opset), np.array([[5, 0]])), weights[[[5, 0]]])
 
 
-def test_unused_planes_change_nothing(codebook_of: Make, model_of: ModelOf) -> None:
-    tensor = codebook_of((6, 16), 0, np.array([3, 0, 8, 1, 2, 5]))
+def test_unused_planes_change_nothing(model_of: ModelOf) -> None:
+    tensor = codebook_tensor((6, 16), 0, np.array([3, 0, 8, 1, 2, 5]))
     planes = stored_arrays(tensor)[".planes"]
     more = np.concatenate([planes, np.full((2, planes.shape[1]), 255, np.uint8)])
     identity = np.eye(16, dtype=np.float32)[None]
@@ -163,7 +160,7 @@ def test_unused_planes_change_nothing(codebook_of: Make, model_of: ModelOf) -> N
         assert np.array_equal(found, run(model_of(tensor, fallback), identity))
 
 
-def test_a_kernel_of_that_name_is_used_instead(codebook_of: Make, model_of: ModelOf) -> None:
+def test_a_kernel_of_that_name_is_used_instead(model_of: ModelOf) -> None:
     class CodebookMatMul(OpRun):  # type: ignore[misc]
         op_domain = DOMAIN
 
@@ -171,7 +168,7 @@ def test_a_kernel_of_that_name_is_used_instead(codebook_of: Make, model_of: Mode
             assert [array.dtype.name for array in stored[:3]] == ["uint8", "uint8", "float16"]
             return (np.full((*activations.shape[:-1], sizes["N"]), 7, np.float32),)
 
-    model = model_of(codebook_of((4, 8), 0, np.full(4, 2)), "fold")
+    model = model_of(codebook_tensor((4, 8), 0, np.full(4, 2)), "fold")
     activations = np.ones((1, 1, 8), np.float32)
     result = ReferenceEvaluator(model, new_ops=[CodebookMatMul]).run(None, {"given": activations})[0]
     assert (result == 7).all()
@@ -185,17 +182,13 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(attribute.g)
 
 
-@pytest.fixture
-def all_steps(codebook_of: Make) -> Callable[[int], ir.Tensor]:
-    """all_steps(axis): a matrix that needs every step, large enough for tables and counters to be small beside it."""
-    shape = (252, 516)
-    return lambda axis: codebook_of(shape, axis, np.resize([2, 3, 4], shape[axis]), scaled=True, outliers=60)
+def all_steps(axis: int) -> ir.Tensor:
+    """A matrix that needs every step, large enough for tables and counters to be small beside it."""
+    return codebook_tensor((252, 516), axis, [2, 3, 4], scaled=True, outliers=60)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_fold_leaves_one_matrix_and_no_decoding(
-    all_steps: Callable[[int], ir.Tensor], model_of: ModelOf, axis: int, tmp_path: Path
-) -> None:
+def test_fold_leaves_one_matrix_and_no_decoding(model_of: ModelOf, axis: int, tmp_path: Path) -> None:
     session(model_of(all_steps(axis), "fold"), tmp_path / "optimized.onnx")
     graph = onnx.load(tmp_path / "optimized.onnx").graph
     assert {node.op_type for node in graph.node} <= {"Shape", "Concat", "Reshape", "Gemm"}
@@ -204,9 +197,7 @@ def test_fold_leaves_one_matrix_and_no_decoding(
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_stream_keeps_nothing_larger_than_what_is_stored(
-    all_steps: Callable[[int], ir.Tensor], model_of: ModelOf, axis: int, tmp_path: Path
-) -> None:
+def test_stream_keeps_nothing_larger_than_what_is_stored(model_of: ModelOf, axis: int, tmp_path: Path) -> None:
     tensor = all_steps(axis)
     session(model_of(tensor, "stream", block=1 << 14), tmp_path / "optimized.onnx")
     graphs = list(_graphs(onnx.load(tmp_path / "optimized.onnx").graph))
@@ -235,7 +226,7 @@ def test_bodies_have_only_the_steps_that_are_needed() -> None:
 
 @pytest.mark.parametrize("fallback", FALLBACKS)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_no_activations_have_no_products(codebook_of: Make, model_of: ModelOf, fallback: str, axis: int) -> None:
-    tensor = codebook_of((13, 24), axis, np.arange((13, 24)[axis]) % 5, scaled=True, outliers=9)
+def test_no_activations_have_no_products(model_of: ModelOf, fallback: str, axis: int) -> None:
+    tensor = codebook_tensor((13, 24), axis, np.arange((13, 24)[axis]) % 5, scaled=True, outliers=9)
     found = run(model_of(tensor, fallback), np.zeros((2, 0, 24), np.float32))
     assert found.shape == (2, 0, 13)

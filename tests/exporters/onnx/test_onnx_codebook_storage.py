@@ -12,8 +12,7 @@ from anyquant import ir
 from anyquant.errors import CorruptFileError
 from anyquant.exporters.onnx.codebook import array_shapes, plane_rows, stored_arrays
 from anyquant.exporters.onnx.codebook_reader import Stored, weights
-
-Make = Callable[..., ir.Tensor]
+from anyquant.testing import codebook_tensor
 
 
 def _stored(tensor: ir.Tensor) -> Stored:
@@ -36,12 +35,10 @@ def _codes(tensor: ir.Tensor, channel: int) -> list[int]:
 
 @pytest.mark.parametrize(("shape", "axis"), [((5, 16), 0), ((16, 5), 1), ((9, 13), 0), ((9, 13), 1), ((1, 3), 0)])
 @pytest.mark.parametrize("widths", ["mixed", "zero", "eight"])
-def test_row_p_of_a_channel_holds_bit_p_of_its_codes(
-    codebook_of: Make, shape: tuple[int, int], axis: int, widths: str
-) -> None:
+def test_row_p_of_a_channel_holds_bit_p_of_its_codes(shape: tuple[int, int], axis: int, widths: str) -> None:
     channels, length = shape[axis], shape[1 - axis]
     bits = {"mixed": np.arange(channels) * 5 % 9, "zero": np.zeros(channels, int), "eight": np.full(channels, 8)}
-    tensor = codebook_of(shape, axis, bits[widths])
+    tensor = codebook_tensor(shape, axis, bits[widths])
     spec = tensor.spec
     assert isinstance(spec, ir.CodebookSpec)
     planes = stored_arrays(tensor)[".planes"]
@@ -62,8 +59,8 @@ def test_row_p_of_a_channel_holds_bit_p_of_its_codes(
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("settings", [{}, {"scaled": True}, {"outliers": 9}, {"scaled": True, "outliers": 117}])
-def test_shapes_are_known_from_the_spec_and_values_come_back(codebook_of: Make, axis: int, settings: dict) -> None:  # type: ignore[type-arg]
-    tensor = codebook_of((9, 13), axis, np.arange((9, 13)[axis]) * 4 % 9, **settings)
+def test_shapes_are_known_from_the_spec_and_values_come_back(axis: int, settings: dict) -> None:  # type: ignore[type-arg]
+    tensor = codebook_tensor((9, 13), axis, np.arange((9, 13)[axis]) * 4 % 9, **settings)
     assert isinstance(tensor.spec, ir.CodebookSpec)
     arrays = stored_arrays(tensor)
     assert {suffix: (a.dtype, a.shape) for suffix, a in arrays.items()} == array_shapes(tensor.spec)
@@ -71,16 +68,16 @@ def test_shapes_are_known_from_the_spec_and_values_come_back(codebook_of: Make, 
     assert np.array_equal(found, ir.dequantize(tensor))
 
 
-def test_many_channels_are_stored_and_read_in_chunks(codebook_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_channels_are_stored_and_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anyquant.ir.packing._CHUNK", 64)
     monkeypatch.setattr("anyquant.exporters.onnx.codebook_reader._CHUNK", 64)
-    tensor = codebook_of((50, 24), 0, np.arange(50) % 9, scaled=True, outliers=40)
+    tensor = codebook_tensor((50, 24), 0, np.arange(50) % 9, scaled=True, outliers=40)
     assert np.array_equal(weights(_stored(tensor), 50, 24, by_output=True), ir.dequantize(tensor))
 
 
 @pytest.fixture
-def whole(codebook_of: Make) -> Stored:
-    return _stored(codebook_of((6, 12), 0, np.array([1, 0, 2, 8, 3, 4]), scaled=True, outliers=20))
+def whole() -> Stored:
+    return _stored(codebook_tensor((6, 12), 0, np.array([1, 0, 2, 8, 3, 4]), scaled=True, outliers=20))
 
 
 def _one(array: np.ndarray, index: int, value: int) -> np.ndarray:

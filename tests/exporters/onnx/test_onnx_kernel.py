@@ -19,11 +19,11 @@ from anyquant import ir
 from anyquant.exporters.onnx.codebook import stored_arrays
 from anyquant.runtime import native
 from anyquant.runtime.onnx_session import LIBRARY
+from anyquant.testing import codebook_tensor
 
 REASON = f"no compiled operators: {native.missing(LIBRARY)}"
 pytestmark = pytest.mark.skipif(native.path_of(LIBRARY) is None, reason=REASON)
 
-Make = Callable[..., ir.Tensor]
 ModelOf = Callable[..., onnx.ModelProto]
 
 SHAPES = [(1, 1), (7, 33), (8, 512), (70, 577), (530, 1100), (1000, 40)]
@@ -56,11 +56,11 @@ def error(y: np.ndarray, x: np.ndarray, tensor: ir.Tensor, bias: np.ndarray) -> 
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products(codebook_of: Make, model_of: ModelOf, shape: tuple[int, int], axis: int, widths: str) -> None:
+def test_products(model_of: ModelOf, shape: tuple[int, int], axis: int, widths: str) -> None:
     rng, bits = np.random.default_rng(1), WIDTHS[widths](shape[axis])
     numel = shape[0] * shape[1]
     for scaled, outliers in ((False, 0), (True, min(numel, 40)), (False, numel if numel < 9999 else 0)):
-        tensor = codebook_of(shape, axis, bits, scaled=scaled, outliers=outliers)
+        tensor = codebook_tensor(shape, axis, bits, scaled=scaled, outliers=outliers)
         for bias in (np.zeros(1, np.float32), rng.normal(size=shape[0]).astype(np.float32)):
             run = session(model_of(tensor, "fold", bias=bias), threads=2)
             for leading in ((1, 1), (2, 3), (1, 70)):
@@ -68,36 +68,34 @@ def test_products(codebook_of: Make, model_of: ModelOf, shape: tuple[int, int], 
                 assert error(run.run(None, {"given": x})[0], x, tensor, bias) < 2e-6
 
 
-def test_onnxruntime_takes_the_kernel_and_not_the_function(
-    codebook_of: Make, model_of: ModelOf, tmp_path: Path
-) -> None:
+def test_onnxruntime_takes_the_kernel_and_not_the_function(model_of: ModelOf, tmp_path: Path) -> None:
     for fallback in ("fold", "stream"):
-        model = model_of(codebook_of((64, 96), 0, np.full(64, 3)), fallback)
+        model = model_of(codebook_tensor((64, 96), 0, np.full(64, 3)), fallback)
         session(model, optimized=tmp_path / "optimized.onnx")
         graph = onnx.load(tmp_path / "optimized.onnx").graph
         assert [(node.domain, node.op_type) for node in graph.node] == [("anyquant", "CodebookMatMul")]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_threads_change_nothing(codebook_of: Make, model_of: ModelOf, axis: int) -> None:
+def test_threads_change_nothing(model_of: ModelOf, axis: int) -> None:
     shape = (1000, 1030)
-    tensor = codebook_of(shape, axis, np.arange(shape[axis]) % 6, scaled=True, outliers=500)
+    tensor = codebook_tensor(shape, axis, np.arange(shape[axis]) % 6, scaled=True, outliers=500)
     x = np.random.default_rng(0).normal(size=(1, 5, shape[1])).astype(np.float32)
     results = [session(model_of(tensor, "fold"), threads).run(None, {"given": x})[0].tobytes() for threads in (1, 2, 5)]
     assert len(set(results)) == 1
 
 
-def test_sessions_at_the_same_time(codebook_of: Make, model_of: ModelOf) -> None:
+def test_sessions_at_the_same_time(model_of: ModelOf) -> None:
     """Each registers the library; each has its own matrix."""
-    tensors = [codebook_of((300, 40), 0, np.full(300, bits)) for bits in (1, 2, 3)]
+    tensors = [codebook_tensor((300, 40), 0, np.full(300, bits)) for bits in (1, 2, 3)]
     sessions = [session(model_of(tensor, "fold")) for tensor in tensors]
     x = np.ones((1, 1, 40), np.float32)
     for tensor, run in zip(tensors, sessions, strict=True):
         assert error(run.run(None, {"given": x})[0], x, tensor, np.zeros(1)) < 1e-6
 
 
-def test_one_session_from_several_threads(codebook_of: Make, model_of: ModelOf) -> None:
-    tensor = codebook_of((700, 600), 0, np.arange(700) % 5, outliers=300)
+def test_one_session_from_several_threads(model_of: ModelOf) -> None:
+    tensor = codebook_tensor((700, 600), 0, np.arange(700) % 5, outliers=300)
     run = session(model_of(tensor, "fold"), threads=2)
     xs = [np.random.default_rng(i).normal(size=(1, 1 + i % 9, 600)).astype(np.float32) for i in range(40)]
     with ThreadPoolExecutor(4) as pool:
@@ -106,13 +104,13 @@ def test_one_session_from_several_threads(codebook_of: Make, model_of: ModelOf) 
 
 
 @pytest.mark.parametrize("leading", [(0, 3), (2, 0)])
-def test_no_activations_have_no_products(codebook_of: Make, model_of: ModelOf, leading: tuple[int, int]) -> None:
-    run = session(model_of(codebook_of((13, 24), 0, np.arange(13) % 5), "fold"))
+def test_no_activations_have_no_products(model_of: ModelOf, leading: tuple[int, int]) -> None:
+    run = session(model_of(codebook_tensor((13, 24), 0, np.arange(13) % 5), "fold"))
     assert run.run(None, {"given": np.zeros((*leading, 24), np.float32)})[0].shape == (*leading, 13)
 
 
-def test_unused_planes_change_nothing(codebook_of: Make, model_of: ModelOf) -> None:
-    tensor = codebook_of((6, 20), 0, np.array([3, 0, 8, 1, 2, 5]))
+def test_unused_planes_change_nothing(model_of: ModelOf) -> None:
+    tensor = codebook_tensor((6, 20), 0, np.array([3, 0, 8, 1, 2, 5]))
     planes = stored_arrays(tensor)[".planes"]
     more = np.concatenate([planes, np.full((2, planes.shape[1]), 255, np.uint8)])
     x = np.eye(20, dtype=np.float32)[None]
@@ -148,14 +146,14 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_means_nothing_is_refused(codebook_of: Make, model_of: ModelOf, case: str) -> None:
+def test_what_means_nothing_is_refused(model_of: ModelOf, case: str) -> None:
     changed, message = HOSTILE[case]
     outliers = {
         "outlier_indptr": np.array([0, 0, 2, 2, 2, 2, 2], u4),
         "outlier_index": np.array([3, 7], u2),
         "outlier_value": np.ones(2, f2),
     }
-    tensor = codebook_of((6, 20), 0, np.full(6, 2))
+    tensor = codebook_tensor((6, 20), 0, np.full(6, 2))
     session(model_of(tensor, "fold", **outliers))
     model = model_of(tensor, "fold", **{**outliers, **changed})
     model.graph.node[0].name = "layer/7"
@@ -164,15 +162,15 @@ def test_what_means_nothing_is_refused(codebook_of: Make, model_of: ModelOf, cas
 
 
 @pytest.mark.parametrize(("name", "value"), [("K", 0), ("K", 1 << 31), ("N", -1), ("transB", 2)])
-def test_sizes_that_mean_nothing(codebook_of: Make, model_of: ModelOf, name: str, value: int) -> None:
-    model = model_of(codebook_of((6, 20), 0, np.full(6, 2)), "fold")
+def test_sizes_that_mean_nothing(model_of: ModelOf, name: str, value: int) -> None:
+    model = model_of(codebook_tensor((6, 20), 0, np.full(6, 2)), "fold")
     next(a for a in model.graph.node[0].attribute if a.name == name).i = value
     with pytest.raises(Exception, match=f"{name} is {value}"):
         session(model)
 
 
-def test_matrices_that_are_not_constant(codebook_of: Make, model_of: ModelOf) -> None:
-    model = model_of(codebook_of((6, 20), 0, np.full(6, 2)), "fold")
+def test_matrices_that_are_not_constant(model_of: ModelOf) -> None:
+    model = model_of(codebook_tensor((6, 20), 0, np.full(6, 2)), "fold")
     planes = next(tensor for tensor in model.graph.initializer if tensor.name == "w.planes")
     model.graph.initializer.remove(planes)
     model.graph.input.append(onnx.helper.make_tensor_value_info("w.planes", onnx.TensorProto.UINT8, [12, 3]))
@@ -180,8 +178,8 @@ def test_matrices_that_are_not_constant(codebook_of: Make, model_of: ModelOf) ->
         session(model)
 
 
-def test_activations_of_another_width(codebook_of: Make, model_of: ModelOf) -> None:
-    model = model_of(codebook_of((6, 20), 0, np.full(6, 2)), "fold")
+def test_activations_of_another_width(model_of: ModelOf) -> None:
+    model = model_of(codebook_tensor((6, 20), 0, np.full(6, 2)), "fold")
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "any"
     with pytest.raises(Exception, match="the last dimension of A is not K"):
         session(model).run(None, {"given": np.ones((1, 1, 19), np.float32)})
@@ -204,11 +202,9 @@ np.save("y.npy", session.run(None, {"given": np.load("x.npy")})[0])
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_the_oldest_onnxruntime(
-    codebook_of: Make, model_of: ModelOf, old_onnxruntime: Path, tmp_path: Path, axis: int
-) -> None:
+def test_the_oldest_onnxruntime(model_of: ModelOf, old_onnxruntime: Path, tmp_path: Path, axis: int) -> None:
     shape = (70, 577)
-    tensor = codebook_of(shape, axis, np.arange(shape[axis]) % 9, scaled=True, outliers=60)
+    tensor = codebook_tensor(shape, axis, np.arange(shape[axis]) % 9, scaled=True, outliers=60)
     bias = np.random.default_rng(0).normal(size=70).astype(np.float32)
     x = np.random.default_rng(1).normal(size=(1, 3, 577)).astype(np.float32)
     onnx.save(model_of(tensor, "fold", bias=bias, opset=20), tmp_path / "model.onnx")
