@@ -30,6 +30,14 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 MOST_KL = 3e-4
 TOKENS = 64
+NEAR_TIE = 0.02
+"""Nats between the two likeliest tokens where another processor's order of sums may choose the other one."""
+
+
+def in_common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts share from their beginning; what follows the first other one has another context."""
+    assert len(one) == len(other) == TOKENS
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), TOKENS)
 
 
 class Files(NamedTuple):
@@ -83,9 +91,15 @@ def test_logits_in_xllamacpp(files: Files) -> None:
         logits.append(runner.logits(np.array(files.prompt)))
         texts.append(runner.generate(files.prompt[:8], TOKENS))
         runner.close()
-    compared = compare_logits(*logits, tie_tolerance=0.05)
+    compared = compare_logits(*logits, tie_tolerance=NEAR_TIE)
     assert compared.kl.mean() <= MOST_KL
-    assert texts[0] == texts[1]
+    same = in_common(*texts)
+    if same < TOKENS:
+        runner = ProcessRunner(RunnerSpec("f32", "gguf", str(files.f32), 256, 2))
+        last = runner.logits(np.array(files.prompt[:8] + texts[0][:same]))[-1]
+        runner.close()
+        first, second = (float(last[text[same]]) for text in texts)
+        assert first - second < NEAR_TIE, f"token {same} is another one, and it was no near tie"
 
 
 def test_text_in_node_llama_cpp(files: Files, run_in_node_llama: Callable[..., Any]) -> None:
@@ -94,11 +108,15 @@ def test_text_in_node_llama_cpp(files: Files, run_in_node_llama: Callable[..., A
     expected, found = (
         run_in_node_llama(path, files.prompt[:8], TOKENS, plugin=plugin) for path in (files.f32, files.own)
     )
-    assert found["tokens"] == expected["tokens"]
-    for own, other in zip(found["top"], expected["top"], strict=True):
-        likely = dict(other)
+    same = in_common(expected["tokens"], found["tokens"])
+    for place in range(min(same + 1, TOKENS)):
+        likely, own = dict(expected["top"][place]), found["top"][place]
         both = [(likely[token], value) for token, value in own if token in likely]
         assert len(both) > len(own) // 2
         first, second = np.array(both).T
         # What these tokens add to the divergence, each more than nothing: p log(p / q) - p + q.
         assert (np.exp(first) * (first - second) - np.exp(first) + np.exp(second)).sum() <= MOST_KL
+    if same < TOKENS:
+        likely = dict(expected["top"][same])
+        first, second = (likely[text["tokens"][same]] for text in (expected, found))
+        assert first - second < NEAR_TIE, f"token {same} is another one, and it was no near tie"
