@@ -81,6 +81,12 @@ def real_wiki() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_file() -> Callable[[str], Path]:
+    """real_file(key) -> any other fetched file, by its key in tools/fetch.py."""
+    return _real
+
+
+@pytest.fixture(scope="session")
 def old_onnxruntime() -> Path:
     """The wheel of the oldest ONNX Runtime that we support."""
     if "onnxruntime-1.20" not in fetch.MATERIALS:

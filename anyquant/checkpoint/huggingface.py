@@ -29,6 +29,7 @@ _SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "*.jinja", "*.model", "tekken.json",
 )  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates"
 # Model types whose stacked expert tensors are [experts, in, out]; all others are [experts, out, in].
 _EXPERTS_IN_OUT = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"})
 
@@ -171,6 +172,13 @@ class HuggingFaceCheckpoint(BaseCheckpoint):
     def write_side_files(self, folder: Path) -> None:
         """Copy config, tokenizer, chat template and generation settings verbatim."""
         folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / _MORE_TEMPLATES).is_dir():
+            log.warning(
+                "%s: the chat templates in its folder %s are left behind, that in chat_template.jinja is kept. To keep "
+                "all, save the tokenizer with save_jinja_files=False to an empty folder, and take its files instead.",
+                self.name,
+                _MORE_TEMPLATES,
+            )
         for name, path in self.side_files().items():
             shutil.copyfile(path, folder / name)
 

@@ -24,6 +24,10 @@ _ROUNDING_TYPES = {
 }  # fmt: skip
 
 
+_GELU = ("gpt2", "gemma", "gemma2")
+"""Architectures whose activation function llama.cpp looks up in a table, on the CPU: FP16 in and out."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How a runtime computes with a file.
@@ -53,6 +57,8 @@ def gguf_arithmetic(header: Header) -> Arithmetic:
     rounding = Counter(_ROUNDING_TYPES[t] for t in used.values() if t in _ROUNDING_TYPES)
     metadata = {key: header.get(key) for key in header.values if key.startswith("anyquant.")}
     note = _recorded_rounding(metadata)
+    if not rounding and header.get("general.architecture") in _GELU:
+        return Arithmetic("rounded", "llama.cpp takes GELU from a table in FP16", note, metadata)
     if not rounding:
         return _fp32("no matrix has a type whose product rounds activations", note, metadata)
     words = ", ".join(f"{count} {name}" for name, count in rounding.most_common())

@@ -15,16 +15,17 @@ from anyquant.gguf_container import map_file, parse
 from anyquant.reporting.environment import environment
 from anyquant.reporting.notes import another_source
 from anyquant.reporting.writing import prepare
-from anyquant.validation import texts
+from anyquant.validation import texts, tokens
 from anyquant.validation.activation_formats import activation_format
 from anyquant.validation.arithmetic import Arithmetic, gguf_arithmetic, onnx_arithmetic
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.gates import all_gates
 from anyquant.validation.measure import Pairs, Station, measure_window, perplexity, summarize
 from anyquant.validation.report import JSON_NAME, write_report
-from anyquant.validation.results import SCHEMA, ModelRow, TensorComparison, ValidationReport
+from anyquant.validation.results import SCHEMA, Gate, ModelRow, TensorComparison, ValidationReport
 from anyquant.validation.runners import RunnerSpec, open_runner
 from anyquant.validation.runners.process import ProcessRunner
+from anyquant.validation.runners.protocol import TextRunner
 from anyquant.validation.settings import ValidationSettings
 from anyquant.validation.sizes import ir_bytes, onnx_bytes
 from anyquant.validation.tensors import compare_export, compare_ir
@@ -144,6 +145,14 @@ class _Validation:
         self.progress("opening models", len(self.specs), len(self.specs))
         return stations
 
+    def _tokens(self, stations: list[Station]) -> tuple[Gate, ...]:
+        """What a GGUF file's own tokenizer makes of texts. Where the source is one, its tokenizer was taken over."""
+        runner = next((station.runner for station in stations if station.name == "GGUF"), None)
+        if self.model.source.get("kind") == "gguf" or not isinstance(runner, TextRunner):
+            return ()
+        self.notes += tokens.probe_notes(self.tokenizer, runner, texts.chat_text(self.tokenizer, self.settings.prompt))
+        return (tokens.text_gate(self.tokenizer, runner, texts.read_text(self.settings.text)),)
+
     def _measure(self, stations: list[Station]) -> Pairs:
         pairs: Pairs = {}
         total, done = len(self.windows.ids) * len(stations), 0
@@ -160,6 +169,7 @@ class _Validation:
         boot = Bootstrap(len(self.windows.ids), settings.resamples, settings.seed)
         with ExitStack() as stack:
             stations = self._open(stack)
+            token_gates = self._tokens(stations)
             pairs = self._measure(stations)
             rows = tuple(self._row(station, boot) for station in stations)
         by_name = {station.name: station for station in stations}
@@ -167,6 +177,7 @@ class _Validation:
         # Quantized activations are measured, not gated: no file is to compute like them, and no limit is set for them.
         gated = [c for c in comparisons if self.activations is None or c.candidate != self.activations.row]
         gates = all_gates(settings, tensors, gated, self.arithmetic, {s.name: s.nonfinite for s in stations})
+        gates += token_gates
         return ValidationReport(
             model=self._about(),
             data={

@@ -162,12 +162,18 @@ def cut_text(
     return found, notes
 
 
+def chat_text(tokenizer: Any, prompt: str) -> str | None:
+    """A prompt through the chat template; None where the tokenizer has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turn = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A prompt through the chat template; as plain text where the tokenizer has none."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+    text = chat_text(tokenizer, prompt)
+    if text is not None:
         return token_ids(tokenizer, text)
     leading = leading_token(tokenizer)
     return ([] if leading is None else [leading]) + token_ids(tokenizer, prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from anyquant.exporters.gguf import custom
@@ -44,6 +44,15 @@ def uint32_value(number: int) -> bytes:
 def bool_value(flag: bool) -> bytes:
     """A truth value as key-value bytes."""
     return struct.pack("<IB", 7, flag)
+
+
+def array_value(kind: int, items: Sequence[object]) -> bytes:
+    """A list as key-value bytes; ``kind`` is GGUF's number: 5 for integers, 6 for floats, 8 for strings."""
+    if kind == 8:
+        data = b"".join(string(str(item)) for item in items)
+    else:
+        data = struct.pack(f"<{len(items)}{'i' if kind == 5 else 'f'}", *items)
+    return struct.pack("<IIQ", 9, kind, len(items)) + data
 
 
 def header_bytes(

@@ -26,11 +26,12 @@ from anyquant.ir.json_io import read_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 ROOT_VARIABLE = "LLAMA_CPP_ROOT"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _SECONDS = 900
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")
 # keys that name code, or another configuration that may
 _CODE = ("auto_map", "configuration_files", "lfm", "ssm_cfg")
-_NEWER = f"Next: set {ROOT_VARIABLE} to a newer checkout of llama.cpp and export again."
+NEWER = f"Or set {ROOT_VARIABLE} to a newer checkout of llama.cpp, and export again."
 _cache: dict[str, bytes] = {}
 
 
@@ -64,7 +65,7 @@ def convert(model: ir.Model) -> bytes:
 
     Raises:
         InputError, CorruptFileError: the model has no tokenizer files, or one that is not readable.
-        ExportRefused: the converter fails, or drops the vocabulary's chat template.
+        ExportRefused: the converter fails.
         MissingDependency, UsageError: see :func:`find_converter`.
     """
     script = find_converter()
@@ -80,6 +81,8 @@ def convert(model: ir.Model) -> bytes:
             for file, path in files.items():
                 if file.endswith("config.json"):
                     cleaned = _without_code(read_json(path))
+                    if file == TOKENIZER_CONFIG:
+                        cleaned = _as_transformers_reads_it(cleaned, files)
                     (folder / file).write_text(json.dumps(cleaned), encoding="utf-8")
                 else:
                     (folder / file).symlink_to(path.resolve())
@@ -102,6 +105,20 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _CODE}
 
 
+def _as_transformers_reads_it(config: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    """A tokenizer_config.json without the template that a file overrides, and with the tokens of tokenizer.json.
+
+    transformers 5 writes them there alone, but beside a tokenizer.model the converter does not look there.
+    """
+    config = {
+        key: value for key, value in config.items() if key != "chat_template" or "chat_template.jinja" not in files
+    }
+    if "tokenizer.model" in files and "tokenizer.json" in files and "added_tokens_decoder" not in config:
+        added = read_json(files["tokenizer.json"]).get("added_tokens") or []
+        config["added_tokens_decoder"] = {str(token["id"]): token for token in added if "id" in token}
+    return config
+
+
 def side_files(model: ir.Model) -> dict[str, Path]:
     """Return the files that the converter needs beside config.json: tokenizer, templates, generation settings.
 
@@ -122,19 +139,6 @@ def side_files(model: ir.Model) -> dict[str, Path]:
             "Next: put tokenizer.json (or tokenizer.model) beside the weights and quantize again."
         )
     return files
-
-
-def has_chat_template(files: dict[str, Path]) -> bool:
-    """Say whether the tokenizer files of a model bring a chat template."""
-    if "chat_template.jinja" in files or "chat_template.json" in files:
-        return True
-    if "tokenizer_config.json" not in files:
-        return False
-    try:
-        config: Any = json.loads(files["tokenizer_config.json"].read_bytes())
-    except ValueError:
-        return False
-    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def _fingerprint(script: Path, name: str, config: str, files: dict[str, Path]) -> str:
@@ -177,6 +181,18 @@ def _run(script: Path, folder: Path, output: Path, name: str) -> bytes:
         chosen = told[-16:] + lines[-4:]  # it ends with the traceback's last frame, or with its message
         raise ExportRefused(
             f"llama.cpp's converter ({script}) cannot take this model's configuration or tokenizer "
-            f"(exit {done.returncode}). It says:\n  " + "\n  ".join(chosen) + f"\n{_NEWER}"
+            f"(exit {done.returncode}). It says:\n  " + "\n  ".join(chosen) + f"\n{_advice(chosen)} {NEWER}"
         )
     return output.read_bytes()
+
+
+def _advice(said: list[str]) -> str:
+    """The next step, by what the converter said last."""
+    text = "\n".join(said)
+    if "pre-tokenizer was not recognized" in text:
+        return "Next: take the tokenizer files of the original model, where they were changed."
+    if "tokenizer.model" in text:
+        return (
+            "Next: put the tokenizer.model of the original model into the folder: it takes this family by that alone."
+        )
+    return "Next: compare config.json and the tokenizer files with the original model's."

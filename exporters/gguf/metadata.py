@@ -19,8 +19,8 @@ from anyquant.checkpoint.gguf_names import (
     head_dim,
 )
 from anyquant.checkpoint.gguf_rope import llama3_factors
-from anyquant.errors import CorruptFileError, ExportRefused, MissingDependency, UnknownArchitecture
-from anyquant.exporters.gguf import container, converter
+from anyquant.errors import CorruptFileError, MissingDependency, UnknownArchitecture
+from anyquant.exporters.gguf import container, converter, tokenizer
 from anyquant.exporters.protocol import ExportOptions
 from anyquant.gguf_container import ALIGNMENT, Data, map_file, parse
 
@@ -85,7 +85,7 @@ def load(model: ir.Model) -> Metadata:
 
     Raises:
         UnknownArchitecture: tensors of this family have no known GGUF names.
-        ExportRefused: the converter refuses the tokenizer, or the chat template would be lost.
+        ExportRefused: the converter refuses the tokenizer, or tokens or a chat template would be lost.
         CorruptFileError: source.gguf is damaged, or missing in a finished IR folder.
     """
     if SOURCE in model.files:
@@ -103,20 +103,15 @@ def load(model: ir.Model) -> Metadata:
     if not model.files and not model.has_values:
         return Metadata(architecture, complete=False)
     _require_known_class(model.config)
-    made = _parse(converter.convert(model), "the converter's output")
+    converted = converter.convert(model)
+    made = _parse(converted, "the converter's output")
     if made.architecture != architecture:
         raise UnknownArchitecture(
             f"llama.cpp's converter makes architecture {made.architecture!r} of model_type {model_type!r}, but the "
             f"names known here are those of {architecture!r}. Export to ONNX instead."
         )
-    if "tokenizer.ggml.tokens" not in made.values:
-        raise ExportRefused("llama.cpp's converter wrote no vocabulary. Check the tokenizer files of the model.")
-    if converter.has_chat_template(model.files) and "tokenizer.chat_template" not in made.values:
-        raise ExportRefused(
-            "the model has a chat template, but llama.cpp's converter lost it, and chats would go wrong silently. "
-            "Next: put the template into chat_template.jinja in the IR folder, or set "
-            f"{converter.ROOT_VARIABLE} to a newer checkout of llama.cpp."
-        )
+    vocabulary = checked_size(model.config, "vocab_size") if model.config.get("vocab_size") is not None else None
+    made = replace(made, values=made.values | tokenizer.settled(converted, model.files, vocabulary))
     return _completed(made, model)
 
 
@@ -236,10 +231,11 @@ def finish(
             weights[type_name] = weights.get(type_name, 0) + size
     values = dict(base.values)
     if weights:
-        # There is no number for a file of our types: loaders then name the most frequent type themselves.
-        most = FILE_TYPES.get(max(weights, key=lambda name: weights[name]))
-        values |= {} if most is None else {"general.file_type": container.uint32_value(most)}
-        if most is None:
+        most = max(weights, key=lambda name: weights[name])
+        if most in FILE_TYPES:
+            values["general.file_type"] = container.uint32_value(FILE_TYPES[most])
+        else:
+            # There is no number for a file of our types: loaders then name the most frequent type themselves.
             values.pop("general.file_type", None)
     if any(name in ir.GGML_TYPES for name in weights):
         values["general.quantization_version"] = container.uint32_value(QUANTIZATION_VERSION)

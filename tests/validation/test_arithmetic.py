@@ -40,6 +40,13 @@ def test_an_embedding_rounds_only_where_it_is_the_head() -> None:
     assert gguf_arithmetic(header(token_embd__weight=8, output__weight=0)).kind == "fp32"
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma", "gemma2"])
+def test_gelu_rounds(architecture: str) -> None:
+    found = gguf_arithmetic(header({"general.architecture": architecture}, token_embd__weight=0))
+    assert (found.kind, found.rounding) == ("rounded", "")
+    assert "GELU" in found.reason
+
+
 def test_recorded_rounding_relaxes_the_gate_and_is_said() -> None:
     types = {"token_embd__weight": 0}
     allowed = gguf_arithmetic(header({"anyquant.layout": "f16", "anyquant.allow_rounding": True}, **types))

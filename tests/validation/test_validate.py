@@ -42,7 +42,8 @@ def test_a_faithful_export_passes(report: ValidationReport) -> None:
         ("IR", "GGUF"),
     }
     assert [(t.file, t.equal == t.total) for t in report.tensors] == [("IR", True), ("GGUF", True)]
-    assert {g.name for g in report.gates} == {"tensors equal", "max |d logit| to PyTorch", "KL to PyTorch"}
+    names = {"tensors equal", "same tokens", "max |d logit| to PyTorch", "KL to PyTorch"}
+    assert {gate.name for gate in report.gates} == names
 
 
 def test_numbers_agree_with_each_other(report: ValidationReport, tiny_llama: Path, tiny_gguf: Path) -> None:

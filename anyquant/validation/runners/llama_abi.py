@@ -127,6 +127,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_n_threads": (_INT, [_POINTER]),
     "llama_model_get_vocab": (_POINTER, [_POINTER]),
     "llama_vocab_n_tokens": (_INT, [_POINTER]),
+    "llama_tokenize": (_INT, [_POINTER, ctypes.c_char_p, _INT, _POINTER, _INT, ctypes.c_bool, ctypes.c_bool]),
     "llama_get_memory": (_POINTER, [_POINTER]),
     "llama_memory_clear": (None, [_POINTER, ctypes.c_bool]),
     "llama_decode": (_INT, [_POINTER, Batch]),

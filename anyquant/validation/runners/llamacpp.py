@@ -74,7 +74,8 @@ class LlamaCppRunner:
             raise MachineError(
                 f"llama.cpp cannot make a context of {context} tokens for {path}: {self._library.complaint()}"
             )
-        self.vocabulary = int(self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model)))
+        self._vocabulary = self._c.llama_model_get_vocab(self._model)
+        self.vocabulary = int(self._c.llama_vocab_n_tokens(self._vocabulary))
         self._check_context(context, threads)
 
     def _check_context(self, context: int, threads: int) -> None:
@@ -130,6 +131,18 @@ class LlamaCppRunner:
             answer.append(int(self._decode(step, every=False)[-1].argmax()))
             step = np.array(answer[-1:], dtype=np.int64)
         return answer
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """See TextRunner."""
+        if not self._model:
+            raise MachineError(f"{self.name}: the runner is closed")
+        data = text.encode()
+        room = len(data) + 16  # a byte makes one token at most; besides there are those of every text
+        ids = np.empty(room, dtype=np.int32)
+        count = self._c.llama_tokenize(self._vocabulary, data, len(data), ids.ctypes.data, room, not special, special)
+        if count < 0:
+            raise MachineError(f"{self.name}: llama.cpp could not tokenize {len(data)} bytes ({count})")
+        return [int(i) for i in ids[:count]]
 
     def close(self) -> None:
         """See Runner."""

@@ -132,6 +132,10 @@ class ProcessRunner:
         """See Runner."""
         return [int(i) for i in self._ask({"op": "generate", "ids": list(prompt_ids), "n": n})["ids"]]
 
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """See TextRunner."""
+        return [int(i) for i in self._ask({"op": "tokenize", "text": text, "special": special})["ids"]]
+
     def peak_memory(self) -> int | None:
         """Bytes, the most the process ever held; None if unknown."""
         value = self._ask({"op": "memory"})["bytes"]

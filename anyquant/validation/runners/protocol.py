@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,19 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+@runtime_checkable
+class TextRunner(Runner, Protocol):
+    """A runner whose file brings a tokenizer."""
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text by the file's own tokenizer.
+
+        Args:
+            text: of any length.
+            special: whether names of special tokens are these tokens; then none is put before the text.
+        """
 
 
 @dataclass(frozen=True)

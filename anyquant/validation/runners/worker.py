@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyquant.errors import AnyquantError
-from anyquant.validation.runners.protocol import Runner, RunnerSpec, open_runner
+from anyquant.validation.runners.protocol import Runner, RunnerSpec, TextRunner, open_runner
 
 
 def peak_memory() -> int | None:
@@ -73,6 +73,8 @@ def _compute(runner: Runner | None, request: dict[str, Any]) -> tuple[dict[str, 
         return {"shape": list(logits.shape)}, logits
     if request["op"] == "generate":
         return {"ids": runner.generate([int(i) for i in request["ids"]], int(request["n"]))}, None
+    if request["op"] == "tokenize" and isinstance(runner, TextRunner):
+        return {"ids": runner.tokenize(request["text"], request["special"])}, None
     raise AnyquantError(f"unknown request {request['op']!r}")
 
 
