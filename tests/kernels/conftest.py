@@ -68,9 +68,9 @@ class Answer:
 Ask = Callable[..., Answer]
 
 
-@pytest.fixture
-def ask(tmp_path: Path) -> Ask:
-    """ask([(name of the type, shape, blob, place or None), ...], environment, **request) -> what the driver found."""
+@pytest.fixture(scope="session")
+def ggml_libraries() -> list[str]:
+    """Paths of libggml-base and libggml-cpu, as the package libggml-python has them."""
     found = importlib.util.find_spec("libggml")
     folders = [
         Path(folder) / sub for folder in (found and found.submodule_search_locations) or () for sub in ("lib64", "lib")
@@ -78,7 +78,12 @@ def ask(tmp_path: Path) -> Ask:
     folder = next((folder for folder in folders if (folder / "libggml-cpu.so").is_file()), None)
     if folder is None:
         pytest.skip("libggml-python is not installed")
-    libraries = [str(folder / f"libggml-{part}.so") for part in ("base", "cpu")]
+    return [str(folder / f"libggml-{part}.so") for part in ("base", "cpu")]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, ggml_libraries: list[str]) -> Ask:
+    """ask([(name of the type, shape, blob, place or None), ...], environment, **request) -> what the driver found."""
 
     def run(tensors: list[Any], environment: dict[str, str] | None = None, **request: Any) -> Answer:
         steps = []
@@ -89,7 +94,7 @@ def ask(tmp_path: Path) -> Ask:
             )
         (tmp_path / "request.json").write_text(json.dumps({"steps": steps, **request}))
         (tmp_path / "blobs.bin").write_bytes(b"".join(blob.tobytes() for _, _, blob, *_ in tensors))
-        command = [sys.executable, str(DRIVER), str(tmp_path), str(ggml_plugin.path()), *libraries]
+        command = [sys.executable, str(DRIVER), str(tmp_path), str(ggml_plugin.path()), *ggml_libraries]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
         assert done.returncode == 0, done.stderr[-3000:]
         return Answer(tmp_path, steps, done.stderr.splitlines())
