@@ -192,10 +192,13 @@ bool begins_at(const void* memory, size_t most, uint64_t columns, uint64_t strid
   return h.used >= HEADER_BYTES && h.used <= h.rows * stride;
 }
 
+bool is_whole(const Header& h) {
+  return checksum(reinterpret_cast<const char*>(&h) + HEADER_BYTES, h.used - HEADER_BYTES) == h.data_checksum;
+}
+
 void* repack(const Header& h, const char** why) {
-  const auto* data = reinterpret_cast<const uint8_t*>(&h);
   *why = "the checksum of its data differs";
-  if (checksum(data + HEADER_BYTES, h.used - HEADER_BYTES) != h.data_checksum) return nullptr;
+  if (!is_whole(h)) return nullptr;
   *why = "its sections do not fit together, or there is no memory for it";
   if (!sections_fit(h) || (h.kind != CODEBOOK && h.kind != BLOCKS && h.kind != AFFINE)) return nullptr;
   return h.kind == CODEBOOK ? repack_codebook(h) : repack_blocks(h);

@@ -38,6 +38,9 @@ bool begins_at(const void* at, size_t most, uint64_t columns, uint64_t stride);
 // CRC-32 as zlib has it.
 uint32_t checksum(const void* data, size_t bytes);
 
+// Whether the data are what their checksum says.
+bool is_whole(const Header& header);
+
 // Repacks for aq_matmul_band, into memory from aligned_alloc. Null where the data is damaged, with a reason.
 void* repack(const Header& header, const char** why);
 

@@ -48,7 +48,7 @@ thread_local Band thread_band;
 
 // What else a thread keeps.
 struct Thread {
-  Place place;
+  Place place, place_of_values;
   void* workspace = nullptr;
   size_t bytes = 0;
 
@@ -119,10 +119,13 @@ void vec_dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y
 template <int I>
 void to_float(const void* x, float* out, int64_t n) {
   const uint64_t columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
-  Place& place = thread.place;
-  if (go_to(static_cast<const char*>(x), columns, stride, nullptr, &place)) {
+  Place& place = thread.place_of_values;
+  // Unlike products it reads the file's own bytes, so that they are checked again for each series of rows.
+  if (go_to(static_cast<const char*>(x), columns, stride, nullptr, &place) &&
+      (!place.looked_up || blob::is_whole(place.tensor->header()))) {
     return blob::dequantize(place.tensor->header(), place.row, out);
   }
+  place.tensor = nullptr;
   for (int64_t i = 0; i < n; ++i) out[i] = NAN;
 }
 

@@ -6,8 +6,10 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,18 +23,28 @@ Tensor** end_of_known = &first_known;
 const void* complained_about = nullptr;
 constexpr int MOST_LINES = 20;
 
-bool is_mapped(const void* address) {
+// Copies memory that may be gone; false where it is.
+bool read_safely(const void* from, void* to, size_t bytes) {
+  const iovec there = {const_cast<void*>(from), bytes}, here = {to, bytes};
+  const ssize_t done = process_vm_readv(getpid(), &here, 1, &there, 1, 0);
+  if (done >= 0 || (errno != ENOSYS && errno != EPERM)) return done == static_cast<ssize_t>(bytes);
+  // Where this is not allowed: whether there is any memory, which might still be protected.
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char ignored;
-  return mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / page * page), 1, &ignored) == 0;
+  if (mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(from) / page * page), 1, &ignored)) return false;
+  std::memcpy(to, from, bytes);
+  return true;
 }
 
 // Whether this row is one of a tensor still. Where another model lies now its beginning may be gone, or may have been
-// left as it was, so that the row itself has to be what it was, too.
+// left as it was, so that the row itself has to be what it was, too. What was damaged may be whole by now.
 bool holds(const Tensor& t, const char* row, uint64_t stride) {
   if (row < t.begin || row >= t.begin + t.bytes || t.stride != stride || (row - t.begin) % stride) return false;
-  if (!is_mapped(t.begin) || !unchanged(t)) return false;
-  return !t.row_checksums || t.row_checksums[(row - t.begin) / stride] == blob::checksum(row, stride);
+  uint32_t found[2];
+  if (!read_safely(&t.header().header_checksum, found, sizeof(found))) return false;
+  if (std::memcmp(found, t.checksums, sizeof(found))) return false;
+  if (t.row_checksums[(row - t.begin) / stride] != blob::checksum(row, stride)) return false;
+  return t.packed || !blob::is_whole(t.header());
 }
 
 // The blob that holds a row: rows lie one after the other, from its beginning on.
@@ -80,8 +92,10 @@ bool make_room(const char* begin, size_t bytes) {
     t.bytes = 0;
     std::free(t.packed);
     std::free(t.row_checksums);
+    std::free(t.beginnings);
     t.packed = nullptr;
     t.row_checksums = nullptr;
+    t.beginnings = nullptr;
   }
   return true;
 }
@@ -99,7 +113,15 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
     return nullptr;
   }
   auto* t = static_cast<Tensor*>(std::calloc(1, sizeof(Tensor)));
-  if (!t) return nullptr;
+  auto* checksums = static_cast<uint32_t*>(std::malloc(header->rows * sizeof(uint32_t)));
+  auto* beginnings = static_cast<uint64_t*>(std::malloc(header->rows * sizeof(uint64_t)));
+  if (!t || !checksums || !beginnings) {
+    std::free(t);
+    std::free(checksums);
+    std::free(beginnings);
+    complain(begin, header->name, "there is no memory for it");
+    return nullptr;
+  }
   const char* why = "";
   t->begin = begin;
   t->bytes = bytes;
@@ -109,10 +131,12 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
   t->packed = blob::repack(*header, &why);
   if (!t->packed) complain(begin, header->name, why);
   t->workspace = aq_matmul_band_workspace(t->packed);
-  t->row_checksums = static_cast<uint32_t*>(std::malloc(header->rows * sizeof(uint32_t)));
-  for (uint64_t r = 0; t->row_checksums && r < header->rows; ++r) {
-    t->row_checksums[r] = blob::checksum(begin + r * stride, stride);
+  for (uint64_t r = 0; r < header->rows; ++r) {
+    checksums[r] = blob::checksum(begin + r * stride, stride);
+    std::memcpy(beginnings + r, begin + r * stride, sizeof(uint64_t));
   }
+  t->row_checksums = checksums;
+  t->beginnings = beginnings;
   *end_of_known = t;
   end_of_known = &t->after;
   return t;
@@ -135,6 +159,7 @@ bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place) {
     }
   }
   place->tensor = t;
+  place->looked_up = true;
   place->row = t ? static_cast<uint64_t>(row - t->begin) / stride : 0;
   return t && t->packed;
 }

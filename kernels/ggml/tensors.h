@@ -14,7 +14,9 @@ struct Tensor {
   size_t bytes;
   uint64_t stride;
   uint32_t checksums[2];  // of the header and of the data, as the header says
-  uint32_t* row_checksums;  // null: no memory for them
+  // Of each row its checksum, and how it begins.
+  uint32_t* row_checksums;
+  uint64_t* beginnings;
   void* packed;  // null: damaged
   size_t workspace;  // bytes that each thread needs for it
 
@@ -26,28 +28,31 @@ struct Place {
   const Tensor* tensor = nullptr;
   uint64_t row = 0;
   const void* activations = nullptr;  // that the last product was with
+  bool looked_up = false;             // the last time
 };
-
-inline bool unchanged(const Tensor& t) {
-  return std::memcmp(&t.header().header_checksum, t.checksums, sizeof(t.checksums)) == 0;
-}
 
 // Goes to a row; false where it is of no tensor, or of a damaged one, which is said on stderr once for each.
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place);
 
 // The same without looking closely where the product is plainly the one before, which goes on: ggml takes rows of a
 // matrix one after the other and leaves out what other threads do, or takes a block of them again with other activations.
+// Reads of memory the row alone: where another model lies now, the tensor's beginning may be gone.
 inline bool go_to(const char* row, uint64_t columns, uint64_t stride, const void* activations, Place* place) {
   constexpr uint64_t ROWS_OF_BLOCK = 16;
   const bool same = activations == place->activations;
   place->activations = activations;
   const Tensor* t = place->tensor;
-  if (!t || t->stride != stride || row < t->begin || row >= t->begin + t->bytes || !unchanged(*t)) {
+  if (!t || t->stride != stride || row < t->begin || row >= t->begin + t->bytes) {
     return look_up(row, columns, stride, place);
   }
   const auto bytes = static_cast<uint64_t>(row - t->begin), number = bytes / stride;
   const bool goes_on = number > place->row ? same : place->row - number < ROWS_OF_BLOCK;
-  if (!goes_on || number * stride != bytes) return look_up(row, columns, stride, place);
+  // The header begins like any other.
+  if (!goes_on || bytes < blob::HEADER_BYTES || number * stride != bytes ||
+      std::memcmp(row, t->beginnings + number, sizeof(uint64_t))) {
+    return look_up(row, columns, stride, place);
+  }
   place->row = number;
+  place->looked_up = false;
   return t->packed != nullptr;
 }
