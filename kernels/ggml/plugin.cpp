@@ -42,6 +42,11 @@ struct Band {
     std::memcpy(beginning, activations, sizeof(beginning));
     return activations == x[b] && beginning[0] == beginnings[b][0] && beginning[1] == beginnings[b][1];
   }
+  // Whether a row is simply the next one; y: its activations.
+  bool has(const char* row, uint64_t n, uint64_t bytes, const float* const* y, uint64_t count) const {
+    return row == next && batch == count && columns == n && stride == bytes && is_of(y[0], 0) &&
+           (count == 1 || is_of(y[1], 1));
+  }
   void go_on() { next = ++at < end ? next + stride : nullptr; }
 };
 thread_local Band thread_band;
@@ -73,7 +78,8 @@ __attribute__((noinline)) bool multiply(const char* row, uint64_t columns, uint6
   band->next = nullptr;
   if (!go_to(row, columns, stride, x[0], &me.place) || !me.reserve(me.place.tensor->workspace)) return false;
   const Tensor& t = *me.place.tensor;
-  const uint64_t number = me.place.row / AQ_BAND, left = t.header().rows - number * AQ_BAND;
+  // Not what the header says, as it may be gone by now.
+  const uint64_t number = me.place.row / AQ_BAND, left = t.bytes / t.stride - number * AQ_BAND;
   if (aq_matmul_band(t.packed, number, x, batch, me.workspace, me.bytes, band->y[0], AQ_LEVEL_BEST) != AQ_OK) return false;
   band->next = row;
   band->columns = columns;
@@ -92,9 +98,7 @@ __attribute__((noinline)) bool multiply(const char* row, uint64_t columns, uint6
 __attribute__((noinline)) void some_products(uint64_t columns, uint64_t stride, float* s, size_t bs, const char* x, size_t bx,
                                              const float* const* y, uint64_t batch, Band* band) {
   for (uint64_t r = 0; r < batch; ++r, x += bx) {
-    bool done = x == band->next && columns == band->columns && stride == band->stride && batch == band->batch;
-    for (uint64_t b = 0; done && b < batch; ++b) done = band->is_of(y[b], static_cast<int>(b));
-    done = done || multiply(x, columns, stride, y, batch, band);
+    const bool done = band->has(x, columns, stride, y, batch) || multiply(x, columns, stride, y, batch, band);
     for (uint64_t b = 0; b < batch; ++b) s[r + b * bs] = done ? band->y[b][band->at] : NAN;
     if (done) band->go_on();
   }
@@ -105,14 +109,13 @@ template <int I>
 void vec_dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y, size_t by, int nrc) {
   const auto columns = static_cast<uint64_t>(n), stride = columns / blob::BLOCK * TYPE[I].bytes;
   const auto* row = static_cast<const char*>(x);
-  const auto* activations = static_cast<const float*>(y);
+  const float* both[2] = {static_cast<const float*>(y),
+                          reinterpret_cast<const float*>(static_cast<const char*>(y) + by)};
   Band& band = thread_band;
-  if (nrc == 1 && row == band.next && band.batch == 1 && columns == band.columns && stride == band.stride &&
-      band.is_of(activations, 0)) {
+  if (nrc == 1 && band.has(row, columns, stride, both, 1)) {
     *s = band.y[0][band.at];
     return band.go_on();
   }
-  const float* both[2] = {activations, reinterpret_cast<const float*>(static_cast<const char*>(y) + by)};
   some_products(columns, stride, s, bs, row, bx, both, static_cast<uint64_t>(nrc), &band);
 }
 

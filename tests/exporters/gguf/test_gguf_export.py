@@ -20,6 +20,7 @@ from anyquant.errors import (
 from anyquant.exporters.gguf import GGUFExporter, container
 from anyquant.exporters.protocol import ExportOptions
 from anyquant.gguf_container import parse
+from anyquant.testing import codebook_tensor
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -180,18 +181,6 @@ def test_stock_blocks_are_copied_verbatim_in_llama_cpp_s_row_order(
         np.testing.assert_array_equal(stored, blocks.reshape(4, 2, 8, 40).swapaxes(1, 2).reshape(64, 40))
 
 
-def _codebook(shape: tuple[int, int], axis: int) -> ir.Tensor:
-    spec = ir.CodebookSpec.from_bits(shape, axis, np.zeros(shape[axis], np.uint8), input_scale=True)
-    rng = np.random.default_rng(2)
-    arrays = {
-        ".bits": np.zeros(shape[axis], np.uint8),
-        ".codes": np.zeros(0, np.uint8),
-        ".codebook": rng.normal(size=shape[axis]).astype(np.float16),
-        ".input_scale": rng.uniform(0.5, 2, shape[1]).astype(np.float16),
-    }
-    return ir.Tensor(spec, arrays)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_codebooks_in_all_layouts(
     tensors: dict[str, ir.Tensor],
@@ -199,7 +188,7 @@ def test_codebooks_in_all_layouts(
     tmp_path: Path,
     axis: int,
 ) -> None:
-    tensors[UP_PROJ] = _codebook((96, 64), axis)
+    tensors[UP_PROJ] = codebook_tensor((96, 64), axis, 0, scaled=True)
     model = save_tiny(tensors)
     plan, found = _export(model, tmp_path / "own.gguf")
     assert plan.types[UP_PROJ] == "ANYQUANT_2_0"
