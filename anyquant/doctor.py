@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,7 +88,7 @@ def diagnose(runner: Path | None = None) -> dict[str, Any]:
         "cuda": _cuda(),
         "ggml_plugin": str(native.path_of(ggml_plugin.LIBRARY) or ""),
         "problems": problems,
-    } | ({} if runner is None else {"runner": {"path": str(runner), "why_not": ggml_plugin.try_runner(runner)}})
+    } | ({} if runner is None else {"runner": {"path": str(runner), **asdict(ggml_plugin.try_runner(runner))}})
 
 
 def _cuda() -> str:
@@ -114,6 +115,7 @@ def diagnosis_text(data: dict[str, Any]) -> str:
     problems = [f"problem: {problem}" for problem in data["problems"]] or ["no problems found"]
     lines.append(f"plug-in for ggml: {data['ggml_plugin'] or 'not built'}")
     if tried := data.get("runner"):
-        verdict = f"does not take it: {tried['why_not']}" if tried["why_not"] else "takes it"
+        taken = "takes it" if tried["whole"] else "takes it; products row by row, which is slower"
+        verdict = f"does not take it: {tried['why_not']}" if tried["why_not"] else taken
         lines.append(f"{tried['path']}: {verdict}")
     return "\n".join([head, f"compiled library: {library}, GPU: {data['cuda']}", *lines, *problems])

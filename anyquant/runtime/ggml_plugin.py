@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from anyquant.errors import InputError, MachineError
@@ -27,8 +28,23 @@ for path in libraries:
         kept.append(ctypes.CDLL(path))
     except OSError as error:
         print(error, file=sys.stderr)
-sys.exit(0 if ctypes.CDLL(plugin).anyquant_ggml_register() else 1)
+plugin = ctypes.CDLL(plugin)
+sys.exit((0 if plugin.anyquant_ggml_whole() else 3) if plugin.anyquant_ggml_register() else 1)
 """
+_BY_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of the plug-in in a runner's libraries.
+
+    Attributes:
+        why_not: it was not taken; "" if it was.
+        whole: products are done at once, not row by row, which is slower.
+    """
+
+    why_not: str
+    whole: bool = False
 
 
 def path() -> Path:
@@ -56,8 +72,8 @@ def register() -> None:
         )
 
 
-def try_runner(runner: Path) -> str:
-    """Whether a runner could take the plug-in, in words: "" if so, or why not.
+def try_runner(runner: Path) -> Trial:
+    """Whether a runner could take the plug-in.
 
     Args:
         runner: its library with ggml in it, or the folder where its libraries lie, at any depth.
@@ -72,18 +88,22 @@ def try_runner(runner: Path) -> str:
     files = sorted(runner.rglob("*")) if runner.is_dir() else [runner]
     libraries = [file for file in files if _is_library(file)]
     if not any(_NEEDED in file.read_bytes() for file in libraries):
-        return f"no library there exports {_NEEDED.decode()}: ggml is not there, or is linked in without its names"
+        return Trial(
+            f"no library there exports {_NEEDED.decode()}: ggml is not there, or is linked in without its names"
+        )
     # Of several builds for different processors a runner takes one: so does the trial, the last that loads.
     ordered = sorted(libraries, key=lambda file: ("ggml-base" not in file.name, file.name))
     command = [sys.executable, "-c", _TRIAL, str(plugin), *map(str, ordered)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return f"its libraries were not loaded within {_SECONDS} seconds"
-    if done.returncode == 0:
-        return ""
+        return Trial(f"its libraries were not loaded within {_SECONDS} seconds")
+    if done.returncode in (0, _BY_ROWS):
+        return Trial("", whole=done.returncode == 0)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1].removeprefix("anyquant: ") if lines else f"its libraries end the process ({done.returncode})"
+    return Trial(
+        lines[-1].removeprefix("anyquant: ") if lines else f"its libraries end the process ({done.returncode})"
+    )
 
 
 def _is_library(file: Path) -> bool:

@@ -1,7 +1,7 @@
 /* Products of activations with quantized matrices, without dequantizing them first; part of libanyquant_core.
  *
  * A matrix is repacked once, into memory of the caller, and is read-only from there on. A product is prepared by one
- * thread and then done in parts, each by any thread of the host's pool:
+ * thread, or in parts by several, and then done in parts, each by any thread of the host's pool:
  *
  *     bytes = aq_matmul_bytes(&matrix)                        0: the matrix is not a valid one
  *     aq_matmul_pack(&matrix, packed, bytes)                  or aq_matmul_block_bytes, aq_matmul_pack_blocks
@@ -75,8 +75,15 @@ AQ_API int aq_matmul_pack_blocks(const aq_block_matrix* matrix, void* packed, si
 /* Bytes, to be aligned to 64. */
 AQ_API size_t aq_matmul_workspace(const void* packed, size_t batch);
 
+/* The most that this is for any matrix of so many columns. */
+AQ_API size_t aq_matmul_most_workspace(uint64_t cols, size_t batch);
+
 /* x: batch * cols, C order. */
 AQ_API int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace, size_t workspace_len);
+
+/* The same in parts, all of which are done before a product is. */
+AQ_API int aq_matmul_prepare_part(const void* packed, const float* x, size_t batch, void* workspace,
+                                  size_t workspace_len, size_t part, size_t parts);
 
 #define AQ_LEVEL_BEST 0
 #define AQ_LEVEL_SCALAR 1

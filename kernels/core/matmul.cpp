@@ -138,10 +138,19 @@ extern "C" size_t aq_matmul_workspace(const void* packed, size_t batch) {
   return p && !p->bands ? prepared_rows(*p, batch) * (x_stride(*p) + 1) * sizeof(float) : 0;
 }
 
+extern "C" size_t aq_matmul_most_workspace(uint64_t cols, size_t batch) {
+  return (batch + 1) * (x_stride(cols) + 1) * sizeof(float);
+}
+
 extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batch, void* workspace,
                                  size_t workspace_len) {
+  return aq_matmul_prepare_part(packed, x, batch, workspace, workspace_len, 0, 1);
+}
+
+extern "C" int aq_matmul_prepare_part(const void* packed, const float* x, size_t batch, void* workspace,
+                                      size_t workspace_len, size_t part, size_t parts) {
   const Packed* p = packed_at(packed);
-  if (!p || p->bands) return AQ_BAD_ARGUMENT;
+  if (!p || p->bands || !parts || part >= parts) return AQ_BAD_ARGUMENT;
   if (!batch) return AQ_OK;  // memory for nothing may lie anywhere
   if (!x || !workspace || reinterpret_cast<uintptr_t>(workspace) % LINE) return AQ_BAD_ARGUMENT;
   if (workspace_len < aq_matmul_workspace(packed, batch)) return AQ_BAD_LENGTH;
@@ -150,12 +159,16 @@ extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batc
   const auto* order = p->at<uint32_t>(p->order);
   const auto* scale = p->scale ? p->at<float>(p->scale) : nullptr;
   const Section& least = p->section[0];
-  std::memset(workspace, 0, aq_matmul_workspace(packed, batch));
-  for (size_t b = 0; b < batch; ++b, rows += x_stride(*p), x += p->cols) {
+  const size_t begin = batch * part / parts, end = batch * (part + 1) / parts, stride = x_stride(*p);
+  rows += begin * stride;
+  x += begin * p->cols;
+  for (size_t b = begin; b < end; ++b, rows += stride, x += p->cols) {
     for (uint32_t k = 0; k < p->cols; ++k) {
       const uint32_t column = p->axis ? order[k] : k;
       rows[k] = scale ? x[column] * scale[column] : x[column];
     }
+    std::memset(rows + p->cols, 0, (stride - p->cols) * sizeof(float));
+    constants[b] = 0;
     if (least.bits) continue;
     double sum = 0;
     for (uint32_t k = 0; k < (p->axis ? least.count : p->cols); ++k) {
@@ -163,6 +176,7 @@ extern "C" int aq_matmul_prepare(const void* packed, const float* x, size_t batc
     }
     constants[b] = static_cast<float>(sum);
   }
+  if (part == parts - 1) std::memset(rows, 0, (prepared_rows(*p, batch) - batch) * stride * sizeof(float));
   return AQ_OK;
 }
 

@@ -109,7 +109,8 @@ inline uint64_t record_of(const Packed& p, uint32_t band, int section, uint32_t 
 
 // Floats from one row of prepared activations to the next. They are padded with zeros to a whole unit, as codes of the
 // padding count nothing; and then by what keeps the same columns of several rows from one place in a cache.
-inline size_t x_stride(const Packed& p) { return ((p.cols + UNIT - 1) / UNIT | 1) * UNIT + LANES; }
+inline size_t x_stride(uint64_t cols) { return ((cols + UNIT - 1) / UNIT | 1) * UNIT + LANES; }
+inline size_t x_stride(const Packed& p) { return x_stride(p.cols); }
 
 // What a thread has for bands: prepared activations [2][x_stride], and where columns have codebooks the band that it
 // decoded last [columns][LANES], as hosts come back to it with other activations.

@@ -60,7 +60,6 @@ bool codebook_matrix(const Header& h, aq_codebook_matrix* m) {
   m->rows = h.rows;
   m->cols = h.columns;
   m->axis = h.form;
-  m->in_bands = 1;
   m->index_bytes = h.columns <= 65536 ? 2 : 4;
   m->bits = at<uint8_t>(h, 0), m->bits_len = count<uint8_t>(h, 0);
   m->codes = at<uint8_t>(h, 1), m->codes_len = count<uint8_t>(h, 1);
@@ -82,9 +81,10 @@ void* finish(const void* matrix, size_t (*size)(const void*), int (*pack)(const 
   return packed;
 }
 
-void* repack_codebook(const Header& h) {
+void* repack_codebook(const Header& h, bool in_bands) {
   aq_codebook_matrix m = {};
   if (!codebook_matrix(h, &m)) return nullptr;
+  m.in_bands = in_bands;
   return finish(
       &m, [](const void* p) { return aq_matmul_bytes(static_cast<const aq_codebook_matrix*>(p)); },
       [](const void* p, void* to, size_t bytes) {
@@ -92,13 +92,13 @@ void* repack_codebook(const Header& h) {
       });
 }
 
-void* repack_blocks(const Header& h) {
+void* repack_blocks(const Header& h, bool in_bands) {
   aq_block_matrix m = {};
   m.rows = h.rows;
   m.cols = h.columns;
   m.bits = h.width;
   m.block = static_cast<int32_t>(h.block);
-  m.in_bands = 1;
+  m.in_bands = in_bands;
   m.codes = at<uint8_t>(h, 0), m.codes_len = count<uint8_t>(h, 0);
   uint16_t* powers = nullptr;
   if (h.kind == AFFINE) {
@@ -196,12 +196,12 @@ bool is_whole(const Header& h) {
   return checksum(reinterpret_cast<const char*>(&h) + HEADER_BYTES, h.used - HEADER_BYTES) == h.data_checksum;
 }
 
-void* repack(const Header& h, const char** why) {
+void* repack(const Header& h, bool in_bands, const char** why) {
   *why = "the checksum of its data differs";
   if (!is_whole(h)) return nullptr;
   *why = "its sections do not fit together, or there is no memory for it";
   if (!sections_fit(h) || (h.kind != CODEBOOK && h.kind != BLOCKS && h.kind != AFFINE)) return nullptr;
-  return h.kind == CODEBOOK ? repack_codebook(h) : repack_blocks(h);
+  return h.kind == CODEBOOK ? repack_codebook(h, in_bands) : repack_blocks(h, in_bands);
 }
 
 void dequantize(const Header& h, uint64_t row, float* out) {

@@ -41,8 +41,9 @@ uint32_t checksum(const void* data, size_t bytes);
 // Whether the data are what their checksum says.
 bool is_whole(const Header& header);
 
-// Repacks for aq_matmul_band, into memory from aligned_alloc. Null where the data is damaged, with a reason.
-void* repack(const Header& header, const char** why);
+// Repacks for aq_matmul_band, or for products of all rows at once, into memory from aligned_alloc. Null where the data is
+// damaged, with a reason.
+void* repack(const Header& header, bool in_bands, const char** why);
 
 // One row in FP32, as the intermediate representation defines it.
 void dequantize(const Header& header, uint64_t row, float* out);

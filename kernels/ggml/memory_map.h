@@ -42,12 +42,16 @@ inline bool readable_around(const char* address, const char** begin, const char*
   return wanted >= from && wanted < to;
 }
 
-inline bool is_writable(const void* address) {
+// The mapping that an address is in; without rights where it is in none.
+inline Mapping mapping_of(const void* address) {
   const auto wanted = reinterpret_cast<uintptr_t>(address);
-  bool found = false;
+  Mapping found = {0, 0, false, false};
   each_mapping([&](const Mapping& m) {
-    found = wanted >= m.begin && wanted < m.end && m.writable;
+    if (wanted >= m.begin && wanted < m.end) found = m;
     return wanted >= m.end;
   });
   return found;
 }
+
+inline bool is_readable(const void* address) { return mapping_of(address).readable; }
+inline bool is_writable(const void* address) { return mapping_of(address).writable; }

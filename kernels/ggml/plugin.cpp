@@ -16,16 +16,11 @@
 #include "ggml_abi.h"
 #include "matmul_layout.h"
 #include "memory_map.h"
+#include "products.h"
 #include "tensors.h"
+#include "types.h"
 
 namespace {
-
-constexpr int TYPES = 7;
-constexpr struct {
-  int number, bytes;
-  const char* name;
-} TYPE[TYPES] = {{4, 8, "anyquant_2.0"},   {5, 10, "anyquant_2.5"},   {31, 12, "anyquant_3.0"}, {32, 14, "anyquant_3.5"},
-                 {33, 17, "anyquant_4.25"}, {37, 21, "anyquant_5.25"}, {38, 34, "anyquant_8.5"}};
 
 // A band of rows times one or two rows of activations. ggml asks for one or two rows after the other; the whole band is
 // done when the first of them is asked for. Without a constructor, which each use would have to ask about.
@@ -76,11 +71,13 @@ __attribute__((noinline)) bool multiply(const char* row, uint64_t columns, uint6
                                         uint64_t batch, Band* band) {
   Thread& me = thread;
   band->next = nullptr;
-  if (!go_to(row, columns, stride, x[0], &me.place) || !me.reserve(me.place.tensor->workspace)) return false;
+  if (!go_to(row, columns, stride, x[0], &me.place)) return false;
+  const void* packed = packed_for(me.place.tensor, BANDS);
+  if (!packed || !me.reserve(aq_matmul_band_workspace(packed))) return false;
   const Tensor& t = *me.place.tensor;
   // Not what the header says, as it may be gone by now.
   const uint64_t number = me.place.row / AQ_BAND, left = t.bytes / t.stride - number * AQ_BAND;
-  if (aq_matmul_band(t.packed, number, x, batch, me.workspace, me.bytes, band->y[0], AQ_LEVEL_BEST) != AQ_OK) return false;
+  if (aq_matmul_band(packed, number, x, batch, me.workspace, me.bytes, band->y[0], AQ_LEVEL_BEST) != AQ_OK) return false;
   band->next = row;
   band->columns = columns;
   band->stride = stride;
@@ -207,6 +204,7 @@ bool add_types(GetTraits traits, GetCpuTraits cpu) {
 
 // A ggml of the process: both functions as one library sees them, be they its own or of one that it needs.
 struct Host {
+  void* library;
   GetTraits traits;
   GetCpuTraits cpu;
 };
@@ -221,18 +219,22 @@ int look_into(dl_phdr_info* info, size_t, void* argument) {
   auto& found = *static_cast<Found*>(argument);
   void* library = dlopen(info->dlpi_name && *info->dlpi_name ? info->dlpi_name : nullptr, RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return 0;
-  const Host host = {reinterpret_cast<GetTraits>(dlsym(library, "ggml_get_type_traits")),
+  const Host host = {library, reinterpret_cast<GetTraits>(dlsym(library, "ggml_get_type_traits")),
                      reinterpret_cast<GetCpuTraits>(dlsym(library, "ggml_get_type_traits_cpu"))};
-  dlclose(library);
-  if (!host.traits || !host.cpu) return 0;
+  bool is_new = host.traits && host.cpu && found.count < 16;
   for (int i = 0; i < found.count; ++i) {
-    if (found.host[i].cpu == host.cpu && found.host[i].traits == host.traits) return 0;
+    is_new = is_new && (found.host[i].cpu != host.cpu || found.host[i].traits != host.traits);
   }
-  if (found.count < 16) found.host[found.count++] = host;
+  if (is_new) {
+    found.host[found.count++] = host;
+  } else {
+    dlclose(library);
+  }
   return 0;
 }
 
 const char* message = "";
+int with_products = 0;
 
 }  // namespace
 
@@ -240,9 +242,9 @@ const char* message = "";
 extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(void) {
   Found found;
   dl_iterate_phdr(look_into, &found);
-  int done = 0;
+  int done = with_products = 0;
   for (int i = 0; i < found.count; ++i) {
-    const auto [traits, cpu] = found.host[i];
+    const auto [library, traits, cpu] = found.host[i];
     // One set of names may serve several builds of the products, as where each is for another processor.
     const bool known = traits(TYPE[0].number)->to_float == TO_FLOAT[0];
     const char* why = known && cpu(TYPE[0].number)->vec_dot == VEC_DOT[0] ? nullptr : why_not(traits, cpu, known);
@@ -251,8 +253,10 @@ extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(voi
       message = why;
       std::fprintf(stderr, "anyquant: nothing was changed in this ggml: %s\n", why);
     } else {
+      with_products += add_products(library);
       ++done;
     }
+    dlclose(library);
   }
   if (!done) {
     if (!*message) message = "there is no ggml whose tables can be found";
@@ -260,6 +264,9 @@ extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(voi
   }
   return done;
 }
+
+// Of how many among those whole products are done at once, which is faster.
+extern "C" __attribute__((visibility("default"))) int anyquant_ggml_whole(void) { return with_products; }
 
 // Why the last ggml was left as it was.
 extern "C" __attribute__((visibility("default"))) const char* anyquant_ggml_message(void) { return message; }

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 namespace {
 
@@ -44,7 +45,7 @@ bool holds(const Tensor& t, const char* row, uint64_t stride) {
   if (!read_safely(&t.header().header_checksum, found, sizeof(found))) return false;
   if (std::memcmp(found, t.checksums, sizeof(found))) return false;
   if (t.row_checksums[(row - t.begin) / stride] != blob::checksum(row, stride)) return false;
-  return t.packed || !blob::is_whole(t.header());
+  return !t.damaged || !blob::is_whole(t.header());
 }
 
 // The blob that holds a row: rows lie one after the other, from its beginning on.
@@ -60,14 +61,16 @@ const blob::Header* find(const char* row, uint64_t columns, uint64_t stride) {
   }
 }
 
-// From the one on that was met after `before`: tensors are mostly asked for in the order in which they were first.
-const Tensor* search(const char* row, uint64_t stride, const Tensor* before) {
-  const auto among = [&](const Tensor* t, const Tensor* end) {
-    while (t != end && !holds(*t, row, stride)) t = t->after;
+// The first for which is_it(tensor), from the one on that was met after `before`: tensors are mostly asked for in the
+// order in which they were first.
+template <class Is>
+Tensor* search(const Tensor* before, Is is_it) {
+  const auto among = [&](Tensor* t, const Tensor* end) {
+    while (t != end && !is_it(*t)) t = t->after;
     return t;
   };
-  const Tensor* start = before ? before->after : first_known;
-  const Tensor* found = among(start, nullptr);
+  Tensor* start = before ? before->after : first_known;
+  Tensor* found = among(start, nullptr);
   if (!found && start != first_known) found = among(first_known, start), found = found == start ? nullptr : found;
   return found;
 }
@@ -90,17 +93,25 @@ bool make_room(const char* begin, size_t bytes) {
     const uint64_t past = begin > t.begin ? static_cast<uint64_t>(begin - t.begin) / t.stride : 0;
     if (holds(t, t.begin + past * t.stride, t.stride)) return false;
     t.bytes = 0;
-    std::free(t.packed);
+    for (auto& packed : t.packed) std::free(packed.exchange(nullptr));
     std::free(t.row_checksums);
     std::free(t.beginnings);
-    t.packed = nullptr;
     t.row_checksums = nullptr;
     t.beginnings = nullptr;
   }
   return true;
 }
 
-const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
+// Repacks, with the lock held.
+void pack(Tensor* t, Layout layout) {
+  const char* why = "";
+  void* packed = blob::repack(t->header(), layout == BANDS, &why);
+  if (!packed) complain(t->begin, t->header().name, why);
+  t->damaged = !packed;
+  t->packed[layout] = packed;
+}
+
+Tensor* meet(const char* row, uint64_t columns, uint64_t stride, Layout layout) {
   const blob::Header* header = find(row, columns, stride);
   if (!header) {
     complain(row, "?", "holds no tensor of anyquant, though its type says so");
@@ -112,25 +123,22 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
     complain(begin, header->name, "lies within another tensor");
     return nullptr;
   }
-  auto* t = static_cast<Tensor*>(std::calloc(1, sizeof(Tensor)));
+  auto* t = new (std::nothrow) Tensor();
   auto* checksums = static_cast<uint32_t*>(std::malloc(header->rows * sizeof(uint32_t)));
   auto* beginnings = static_cast<uint64_t*>(std::malloc(header->rows * sizeof(uint64_t)));
   if (!t || !checksums || !beginnings) {
-    std::free(t);
+    delete t;
     std::free(checksums);
     std::free(beginnings);
     complain(begin, header->name, "there is no memory for it");
     return nullptr;
   }
-  const char* why = "";
   t->begin = begin;
   t->bytes = bytes;
   t->stride = stride;
   t->checksums[0] = header->header_checksum;
   t->checksums[1] = header->data_checksum;
-  t->packed = blob::repack(*header, &why);
-  if (!t->packed) complain(begin, header->name, why);
-  t->workspace = aq_matmul_band_workspace(t->packed);
+  pack(t, layout);
   for (uint64_t r = 0; r < header->rows; ++r) {
     checksums[r] = blob::checksum(begin + r * stride, stride);
     std::memcpy(beginnings + r, begin + r * stride, sizeof(uint64_t));
@@ -142,24 +150,56 @@ const Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
   return t;
 }
 
+// What was met before, or else is met now.
+template <class Is, class Meet>
+Tensor* search_or_meet(const Tensor* before, Is is_it, Meet meet_it) {
+  pthread_rwlock_rdlock(&lock);
+  Tensor* found = search(before, is_it);
+  pthread_rwlock_unlock(&lock);
+  if (found) return found;
+  pthread_rwlock_wrlock(&lock);
+  found = search(before, is_it);  // another thread may have been first
+  if (!found) found = meet_it();
+  pthread_rwlock_unlock(&lock);
+  return found;
+}
+
 }  // namespace
 
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place) {
   if (!stride) return false;
-  const Tensor* t = place->tensor;
-  if (!t || !holds(*t, row, stride)) {
-    pthread_rwlock_rdlock(&lock);
-    t = search(row, stride, place->tensor);
-    pthread_rwlock_unlock(&lock);
-    if (!t) {
-      pthread_rwlock_wrlock(&lock);
-      t = search(row, stride, place->tensor);  // another thread may have been first
-      if (!t) t = meet(row, columns, stride);
-      pthread_rwlock_unlock(&lock);
-    }
-  }
+  const auto is_it = [&](const Tensor& t) { return holds(t, row, stride); };
+  Tensor* t = place->tensor;
+  if (!t || !is_it(*t)) t = search_or_meet(place->tensor, is_it, [&] { return meet(row, columns, stride, BANDS); });
   place->tensor = t;
   place->looked_up = true;
   place->row = t ? static_cast<uint64_t>(row - t->begin) / stride : 0;
-  return t && t->packed;
+  return t && !t->damaged;
+}
+
+bool is_tensor(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride) {
+  return blob::begins_at(begin, rows * stride, columns, stride) &&
+         reinterpret_cast<const blob::Header*>(begin)->rows == rows;
+}
+
+Tensor* tensor_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride, const Tensor* previous) {
+  const auto* header = reinterpret_cast<const blob::Header*>(begin);
+  const size_t bytes = rows * stride;
+  const auto is_it = [&](const Tensor& t) {
+    return bytes >= blob::HEADER_BYTES && t.begin == begin && t.bytes == bytes && t.stride == stride &&
+           !std::memcmp(&header->header_checksum, t.checksums, sizeof(t.checksums)) &&
+           (!t.damaged || !blob::is_whole(*header));
+  };
+  return search_or_meet(previous, is_it, [&] {
+    return is_tensor(begin, rows, columns, stride) ? meet(begin, columns, stride, WHOLE) : nullptr;
+  });
+}
+
+const void* packed_for(Tensor* tensor, Layout layout) {
+  if (!tensor->damaged && !tensor->packed[layout]) {
+    pthread_rwlock_wrlock(&lock);
+    if (!tensor->damaged && !tensor->packed[layout]) pack(tensor, layout);
+    pthread_rwlock_unlock(&lock);
+  }
+  return tensor->packed[layout];
 }

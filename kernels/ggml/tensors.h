@@ -1,12 +1,17 @@
-// Tensors that have been met: each is checked and repacked once, when the first of its rows is asked for.
+// Tensors that have been met: each is checked once, when it is first asked for, and repacked once for each way of
+// multiplying with it.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "blob.h"
+
+// What a tensor is repacked for: products of some rows, or of all of them at once.
+enum Layout { BANDS, WHOLE };
 
 struct Tensor {
   Tensor* after;      // the one that was met next
@@ -17,15 +22,15 @@ struct Tensor {
   // Of each row its checksum, and how it begins.
   uint32_t* row_checksums;
   uint64_t* beginnings;
-  void* packed;  // null: damaged
-  size_t workspace;  // bytes that each thread needs for it
+  std::atomic<bool> damaged;
+  std::atomic<void*> packed[2];  // by Layout; null: not yet
 
   const blob::Header& header() const { return *reinterpret_cast<const blob::Header*>(begin); }
 };
 
 // Where a thread is.
 struct Place {
-  const Tensor* tensor = nullptr;
+  Tensor* tensor = nullptr;
   uint64_t row = 0;
   const void* activations = nullptr;  // that the last product was with
   bool looked_up = false;             // the last time
@@ -34,6 +39,16 @@ struct Place {
 // Goes to a row; false where it is of no tensor, or of a damaged one, which is said on stderr once for each.
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place);
 
+// Whether a tensor of so many rows begins here, in memory that is there.
+bool is_tensor(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride);
+
+// That tensor; null where there is none, or no memory to keep it in mind. previous: what the thread asked for last, or
+// null.
+Tensor* tensor_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride, const Tensor* previous);
+
+// Null where it is damaged, or where there is no memory for it, which is said.
+const void* packed_for(Tensor* tensor, Layout layout);
+
 // The same without looking closely where the product is plainly the one before, which goes on: ggml takes rows of a
 // matrix one after the other and leaves out what other threads do, or takes a block of them again with other activations.
 // Reads of memory the row alone: where another model lies now, the tensor's beginning may be gone.
@@ -41,7 +56,7 @@ inline bool go_to(const char* row, uint64_t columns, uint64_t stride, const void
   constexpr uint64_t ROWS_OF_BLOCK = 16;
   const bool same = activations == place->activations;
   place->activations = activations;
-  const Tensor* t = place->tensor;
+  Tensor* t = place->tensor;
   if (!t || t->stride != stride || row < t->begin || row >= t->begin + t->bytes) {
     return look_up(row, columns, stride, place);
   }
@@ -54,5 +69,5 @@ inline bool go_to(const char* row, uint64_t columns, uint64_t stride, const void
   }
   place->row = number;
   place->looked_up = false;
-  return t->packed != nullptr;
+  return !t->damaged;
 }

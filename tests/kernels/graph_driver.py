@@ -3,8 +3,11 @@
 python graph_driver.py FOLDER PLUGIN BASE_LIBRARY CPU_LIBRARY
 
 FOLDER holds request.npz, blob (uint8), shape (experts, rows, columns), number (of the type), x (float32 [n, columns]),
-chosen (int32 [n, used], which experts each row of x goes to) and threads; it gets answer.npz: plain, products of all
-rows of all experts [n, experts * rows], and of_experts, of the chosen ones [n, used, rows].
+chosen (int32 [n, used], which experts each row of x goes to), skipped (rows) and threads, and perhaps another blob of
+the same size, then. It gets answer.npz: plain, products of all rows of all experts [n, experts * rows]; apart, the
+same of rows of x that are a matrix each, and strided, of rows that lie apart; of_rows, without those that were skipped;
+of_experts, of the chosen ones [n, used, rows]; then, plain with the other blob in the same memory; whole, of how many
+ggmls whole products are done; and added, how many buffer types ggml has more than before.
 """
 
 from __future__ import annotations
@@ -45,6 +48,17 @@ class Ggml:
             ctypes.memmove(self.data(made), data.ctypes.data, data.nbytes)
         return made
 
+    def view(self, tensor: int, sides: tuple[int, int], stride: int, offset: int) -> int:
+        arguments = _POINTER(self.context), _POINTER(tensor), *map(_LONG, sides), _SIZE(stride), _SIZE(offset)
+        made: int = self._call(self._base, "ggml_view_2d", *arguments)
+        return made
+
+    def buffer_types(self) -> int:
+        """So many can do operations in ggml's place."""
+        name = "_Z39ggml_backend_cpu_get_extra_buffer_typesv"
+        begin, end = self._call(self._cpu, name, result=ctypes.POINTER(_SIZE * 2)).contents
+        return int(end - begin) // ctypes.sizeof(_POINTER)
+
     def data(self, tensor: int) -> int:
         found: int = self._call(self._base, "ggml_get_data", _POINTER(tensor))
         return found
@@ -68,22 +82,38 @@ def main(folder: Path, plugin: str, base: str, cpu: str) -> None:
     with np.load(folder / "request.npz") as file:
         request = dict(file)
     experts, rows, columns = (int(side) for side in request["shape"])
-    x, chosen, threads = request["x"], request["chosen"], int(request["threads"])
+    x, chosen, threads, skipped = request["x"], request["chosen"], int(request["threads"]), int(request["skipped"])
     number, (n, used) = int(request["number"]), chosen.shape
-    ggml = Ggml(base, cpu)
-    assert ctypes.CDLL(plugin).anyquant_ggml_register() > 0
+    ggml, library = Ggml(base, cpu), ctypes.CDLL(plugin)
+    before = ggml.buffer_types()
+    assert library.anyquant_ggml_register() == library.anyquant_ggml_register() == 1
     flat = ggml.tensor(number, (columns, experts * rows), request["blob"])
     deep = ggml.tensor(number, (columns, rows, experts), request["blob"])
     inputs = ggml.tensor(F32, (columns, n), x)
     each = ggml.tensor(F32, (columns, 1, n), x)
     which = ggml.tensor(I32, (used, n), chosen)
-    plain = ggml.product("ggml_mul_mat", threads, flat, inputs)
-    of_experts = ggml.product("ggml_mul_mat_id", threads, deep, each, which)
-    np.savez(
-        folder / "answer.npz",
-        plain=ggml.read(plain, (n, experts * rows)),
-        of_experts=ggml.read(of_experts, (n, used, rows)),
-    )
+    stride = request["blob"].nbytes // (experts * rows)
+    left = experts * rows - skipped
+    some = ggml.view(flat, (columns, left), stride, skipped * stride)
+    wide = ggml.tensor(F32, (columns + 32, n), np.pad(x, ((0, 0), (0, 32)), constant_values=np.nan))
+    loose = ggml.view(wide, (columns, n), 4 * (columns + 32), 0)
+
+    def product(name: str, shape: tuple[int, ...], *tensors: int) -> np.ndarray:
+        return ggml.read(ggml.product(name, threads, *tensors), shape)
+
+    answer = {
+        "plain": product("ggml_mul_mat", (n, experts * rows), flat, inputs),
+        "apart": product("ggml_mul_mat", (n, experts * rows), flat, each),
+        "strided": product("ggml_mul_mat", (n, experts * rows), flat, loose),
+        "of_rows": product("ggml_mul_mat", (n, left), some, inputs),
+        "of_experts": product("ggml_mul_mat_id", (n, used, rows), deep, each, which),
+        "whole": np.array(library.anyquant_ggml_whole()),
+        "added": np.array(ggml.buffer_types() - before),
+    }
+    if "then" in request:
+        ctypes.memmove(ggml.data(flat), request["then"].ctypes.data, request["then"].nbytes)
+        answer["then"] = product("ggml_mul_mat", (n, experts * rows), flat, inputs)
+    np.savez(folder / "answer.npz", **answer)  # type: ignore[arg-type]  # its other argument is a switch
 
 
 if __name__ == "__main__":
