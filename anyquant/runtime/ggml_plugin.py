@@ -19,7 +19,8 @@ LIBRARY = "libanyquant_ggml.so"
 _NEEDED = b"ggml_get_type_traits_cpu"
 _SECONDS = 60
 # In a process of its own: a library that is no ggml may do anything when it is loaded.
-_TRIAL = """
+_BY_ROWS = 3
+_TRIAL = f"""
 import ctypes, sys
 plugin, *libraries = sys.argv[1:]
 kept = []
@@ -29,9 +30,9 @@ for path in libraries:
     except OSError as error:
         print(error, file=sys.stderr)
 plugin = ctypes.CDLL(plugin)
-sys.exit((0 if plugin.anyquant_ggml_whole() else 3) if plugin.anyquant_ggml_register() else 1)
+done = plugin.anyquant_ggml_register()
+sys.exit(({_BY_ROWS} if plugin.anyquant_ggml_whole() < done else 0) if done else 1)
 """
-_BY_ROWS = 3
 
 
 @dataclass(frozen=True)

@@ -196,10 +196,7 @@ bool is_whole(const Header& h) {
   return checksum(reinterpret_cast<const char*>(&h) + HEADER_BYTES, h.used - HEADER_BYTES) == h.data_checksum;
 }
 
-void* repack(const Header& h, bool in_bands, const char** why) {
-  *why = "the checksum of its data differs";
-  if (!is_whole(h)) return nullptr;
-  *why = "its sections do not fit together, or there is no memory for it";
+void* repack(const Header& h, bool in_bands) {
   if (!sections_fit(h) || (h.kind != CODEBOOK && h.kind != BLOCKS && h.kind != AFFINE)) return nullptr;
   return h.kind == CODEBOOK ? repack_codebook(h, in_bands) : repack_blocks(h, in_bands);
 }

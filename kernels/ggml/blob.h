@@ -41,11 +41,11 @@ uint32_t checksum(const void* data, size_t bytes);
 // Whether the data are what their checksum says.
 bool is_whole(const Header& header);
 
-// Repacks for aq_matmul_band, or for products of all rows at once, into memory from aligned_alloc. Null where the data is
-// damaged, with a reason.
-void* repack(const Header& header, bool in_bands, const char** why);
+// Repacks data that is whole for aq_matmul_band, or for products of all rows at once, into memory from aligned_alloc. Null
+// where its sections or what is in them do not fit together, or there is no memory.
+void* repack(const Header& header, bool in_bands);
 
-// One row in FP32, as the intermediate representation defines it.
+// One row in FP32, as the intermediate representation defines it, of what could be repacked.
 void dequantize(const Header& header, uint64_t row, float* out);
 
 }  // namespace blob

@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -122,7 +123,7 @@ void to_float(const void* x, float* out, int64_t n) {
   Place& place = thread.place_of_values;
   // Unlike products it reads the file's own bytes, so that they are checked again for each series of rows.
   if (go_to(static_cast<const char*>(x), columns, stride, nullptr, &place) &&
-      (!place.looked_up || blob::is_whole(place.tensor->header()))) {
+      (!place.looked_up || blob::is_whole(place.tensor->header())) && is_sound(place.tensor)) {
     return blob::dequantize(place.tensor->header(), place.row, out);
   }
   place.tensor = nullptr;
@@ -240,6 +241,8 @@ int with_products = 0;
 
 // Adds the types to every ggml in the process. Returns to how many; those that have them already count, too.
 extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(void) {
+  static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&one_at_a_time);
   Found found;
   dl_iterate_phdr(look_into, &found);
   int done = with_products = 0;
@@ -262,6 +265,7 @@ extern "C" __attribute__((visibility("default"))) int anyquant_ggml_register(voi
     if (!*message) message = "there is no ggml whose tables can be found";
     std::fprintf(stderr, "anyquant: no tensor types were added: %s\n", message);
   }
+  pthread_mutex_unlock(&one_at_a_time);
   return done;
 }
 

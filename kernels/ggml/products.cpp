@@ -44,7 +44,6 @@ struct Names {
 class Products final : public TensorTraits {
  public:
   Products(int operation, void (*barrier)(void*)) : operation_(operation), barrier_(barrier) {}
-  static void operator delete(void*) {}
 
   bool is_ours(const GgmlTensor& op) const;
   bool work_size(int threads, const GgmlTensor* op, size_t& bytes) override;
@@ -84,36 +83,49 @@ size_t workspace_of(const GgmlTensor& op) {
   return matmul::round_up(aq_matmul_most_workspace(columns, batch_of(op)), matmul::LINE);
 }
 
+size_t work_of(const GgmlTensor& op, int threads) {
+  return workspace_of(op) * static_cast<size_t>(batch_of(op) == 1 ? threads : 1) + matmul::LINE;
+}
+
+// A matrix that was met and repacked; null where this one was not.
+const void* known(const GgmlTensor& w) {
+  thread_local const Tensor* previous = nullptr;
+  const auto columns = static_cast<uint64_t>(w.sides[0]), rows = static_cast<uint64_t>(w.sides[1]);
+  const Tensor* t = known_at(static_cast<const char*>(w.data), rows, columns, w.strides[1], previous);
+  if (t) previous = t;
+  return t ? t->packed[WHOLE].load() : nullptr;
+}
+
+const void* meet(const GgmlTensor& w) {
+  const auto columns = static_cast<uint64_t>(w.sides[0]), rows = static_cast<uint64_t>(w.sides[1]);
+  Tensor* t = tensor_at(static_cast<const char*>(w.data), rows, columns, w.strides[1]);
+  return t ? packed_for(t, WHOLE) : nullptr;
+}
+
+// Here, where a graph is planned by one thread, tensors are met: threads that compute must not find different things.
 bool Products::work_size(int threads, const GgmlTensor* op, size_t& bytes) {
-  bytes = workspace_of(*op) * static_cast<size_t>(batch_of(*op) == 1 ? threads : 1) + matmul::LINE;
+  const GgmlTensor& w = *op->source[0];
+  if (!w.data || (!known(w) && !meet(w))) return false;
+  bytes = work_of(*op, threads);
   return true;
 }
 
+// What it does not do, as where some rows of a tensor are taken or data is damaged, ggml does row by row.
 bool Products::compute(ComputeParams* how, GgmlTensor* op) {
-  const GgmlTensor &w = *op->source[0], &x = *op->source[1];
-  const auto* blob = static_cast<const char*>(w.data);
-  const auto columns = static_cast<uint64_t>(w.sides[0]), rows = static_cast<uint64_t>(w.sides[1]);
-  const auto part = static_cast<size_t>(how->part), parts = static_cast<size_t>(how->parts);
+  const void* packed = how->work_bytes < work_of(*op, how->parts) ? nullptr : known(*op->source[0]);
+  if (!packed) return false;
   const size_t batch = batch_of(*op), bytes = workspace_of(*op);
-  thread_local const Tensor* previous = nullptr;
-  Tensor* t = tensor_at(blob, rows, columns, w.strides[1], previous);
-  // Where rows of a tensor are taken, each of them is looked up. What decides this is the same for all threads.
-  if (!t && !is_tensor(blob, rows, columns, w.strides[1])) return false;
-  if (t) previous = t;
-  const void* packed = t ? packed_for(t, WHOLE) : nullptr;
-  const auto* from = static_cast<const float*>(x.data);
+  const auto part = static_cast<size_t>(how->part), parts = static_cast<size_t>(how->parts);
+  const auto* x = static_cast<const float*>(op->source[1]->data);
   auto* work = reinterpret_cast<char*>(matmul::round_up(reinterpret_cast<uintptr_t>(how->work), matmul::LINE));
-  if (batch == 1) work += part * bytes;
-  if (packed && batch == 1) aq_matmul_prepare(packed, from, batch, work, bytes);
-  if (packed && batch != 1) aq_matmul_prepare_part(packed, from, batch, work, bytes, part, parts);
-  // Without a matrix, too: another thread may have found memory for it.
-  if (batch != 1) barrier_(how->threads);
-  auto* y = static_cast<float*>(op->data);
-  if (packed) {
-    aq_matmul_run(packed, batch, work, y, part, parts, AQ_LEVEL_BEST);
+  if (batch == 1) {
+    work += part * bytes;
+    aq_matmul_prepare(packed, x, batch, work, bytes);
   } else {
-    for (size_t i = batch * rows * part / parts; i < batch * rows * (part + 1) / parts; ++i) y[i] = NAN;
+    aq_matmul_prepare_part(packed, x, batch, work, bytes, part, parts);
+    barrier_(how->threads);
   }
+  aq_matmul_run(packed, batch, work, static_cast<float*>(op->data), part, parts, AQ_LEVEL_BEST);
   return true;
 }
 
@@ -121,7 +133,6 @@ bool Products::compute(ComputeParams* how, GgmlTensor* op) {
 class NoBuffers final : public ExtraBufferType {
  public:
   explicit NoBuffers(const Products& products) : products_(products) {}
-  static void operator delete(void*) {}
 
   bool supports(void*, const GgmlTensor*) override { return false; }
   TensorTraits* traits(const GgmlTensor* op) override { return products_.is_ours(*op) ? &products_ : nullptr; }
@@ -174,7 +185,7 @@ struct Added {
   alignas(NoBuffers) char context[sizeof(NoBuffers)];
 };
 
-bool is_ours(const BufferType* type, size_t context) {
+bool was_added(const BufferType* type, size_t context) {
   return type[context] == reinterpret_cast<const char*>(type) + offsetof(Added, context);
 }
 
@@ -196,7 +207,6 @@ bool append(List* list, BufferType* type) {
   if (!bigger) return false;
   if (count) std::memcpy(bigger, list->begin, count * sizeof(BufferType*));
   bigger[count] = type;
-  // What was there is left to whoever reads it just now.
   *list = {bigger, bigger + count + 1, bigger + count + 1};
   return true;
 }
@@ -204,8 +214,6 @@ bool append(List* list, BufferType* type) {
 }  // namespace
 
 bool add_products(void* library) {
-  const char* wanted = std::getenv("ANYQUANT_GGML");
-  if (wanted && !std::strcmp(wanted, "rows")) return false;
   Names ggml;
   if (!find(library, "ggml_init", &ggml.init) || !find(library, "ggml_free", &ggml.free) ||
       !find(library, "ggml_tensor_overhead", &ggml.overhead) || !find(library, "ggml_new_tensor_2d", &ggml.new_tensor) ||
@@ -227,8 +235,10 @@ bool add_products(void* library) {
   const size_t context = context_of(*list->begin);
   if (context == MOST_WORDS) return false;
   for (BufferType** each = list->begin; each != list->end; ++each) {
-    if (*each && is_ours(*each, context)) return true;
+    if (*each && was_added(*each, context)) return true;
   }
+  const char* wanted = std::getenv("ANYQUANT_GGML");
+  if (wanted && !std::strcmp(wanted, "rows")) return false;
   auto* added = static_cast<Added*>(std::calloc(1, sizeof(Added)));
   if (!added) return false;
   std::memcpy(added->words, *list->begin, context * sizeof(BufferType));

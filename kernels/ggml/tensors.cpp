@@ -23,6 +23,7 @@ Tensor* first_known = nullptr;
 Tensor** end_of_known = &first_known;
 const void* complained_about = nullptr;
 constexpr int MOST_LINES = 20;
+constexpr const char* DAMAGED = "the checksum of its data differs";
 
 // Copies memory that may be gone; false where it is.
 bool read_safely(const void* from, void* to, size_t bytes) {
@@ -102,16 +103,7 @@ bool make_room(const char* begin, size_t bytes) {
   return true;
 }
 
-// Repacks, with the lock held.
-void pack(Tensor* t, Layout layout) {
-  const char* why = "";
-  void* packed = blob::repack(t->header(), layout == BANDS, &why);
-  if (!packed) complain(t->begin, t->header().name, why);
-  t->damaged = !packed;
-  t->packed[layout] = packed;
-}
-
-Tensor* meet(const char* row, uint64_t columns, uint64_t stride, Layout layout) {
+Tensor* meet(const char* row, uint64_t columns, uint64_t stride) {
   const blob::Header* header = find(row, columns, stride);
   if (!header) {
     complain(row, "?", "holds no tensor of anyquant, though its type says so");
@@ -135,10 +127,12 @@ Tensor* meet(const char* row, uint64_t columns, uint64_t stride, Layout layout) 
   }
   t->begin = begin;
   t->bytes = bytes;
+  t->columns = columns;
   t->stride = stride;
   t->checksums[0] = header->header_checksum;
   t->checksums[1] = header->data_checksum;
-  pack(t, layout);
+  t->damaged = !blob::is_whole(*header);
+  if (t->damaged) complain(begin, header->name, DAMAGED);
   for (uint64_t r = 0; r < header->rows; ++r) {
     checksums[r] = blob::checksum(begin + r * stride, stride);
     std::memcpy(beginnings + r, begin + r * stride, sizeof(uint64_t));
@@ -164,42 +158,61 @@ Tensor* search_or_meet(const Tensor* before, Is is_it, Meet meet_it) {
   return found;
 }
 
+// With the lock held. What lies there may have changed since it was met.
+void pack(Tensor* t, Layout layout) {
+  const char* why = "its sections do not fit together, or there is no memory for it";
+  if (!blob::begins_at(t->begin, t->bytes, t->columns, t->stride) || !blob::is_whole(t->header())) {
+    t->damaged = true;
+    why = DAMAGED;
+  } else {
+    t->packed[layout] = blob::repack(t->header(), layout == BANDS);
+    t->failed[layout] = !t->packed[layout];
+  }
+  if (!t->packed[layout]) complain(t->begin, t->header().name, why);
+}
+
+bool is_at(const Tensor& t, const char* begin, uint64_t rows, uint64_t columns, uint64_t stride) {
+  const auto* header = reinterpret_cast<const blob::Header*>(begin);
+  return t.begin == begin && t.bytes == rows * stride && t.columns == columns && t.stride == stride &&
+         !std::memcmp(&header->header_checksum, t.checksums, sizeof(t.checksums));
+}
+
 }  // namespace
 
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place) {
   if (!stride) return false;
   const auto is_it = [&](const Tensor& t) { return holds(t, row, stride); };
   Tensor* t = place->tensor;
-  if (!t || !is_it(*t)) t = search_or_meet(place->tensor, is_it, [&] { return meet(row, columns, stride, BANDS); });
+  if (!t || !is_it(*t)) t = search_or_meet(place->tensor, is_it, [&] { return meet(row, columns, stride); });
   place->tensor = t;
   place->looked_up = true;
   place->row = t ? static_cast<uint64_t>(row - t->begin) / stride : 0;
   return t && !t->damaged;
 }
 
-bool is_tensor(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride) {
-  return blob::begins_at(begin, rows * stride, columns, stride) &&
-         reinterpret_cast<const blob::Header*>(begin)->rows == rows;
-}
-
-Tensor* tensor_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride, const Tensor* previous) {
-  const auto* header = reinterpret_cast<const blob::Header*>(begin);
-  const size_t bytes = rows * stride;
-  const auto is_it = [&](const Tensor& t) {
-    return bytes >= blob::HEADER_BYTES && t.begin == begin && t.bytes == bytes && t.stride == stride &&
-           !std::memcmp(&header->header_checksum, t.checksums, sizeof(t.checksums)) &&
-           (!t.damaged || !blob::is_whole(*header));
-  };
-  return search_or_meet(previous, is_it, [&] {
-    return is_tensor(begin, rows, columns, stride) ? meet(begin, columns, stride, WHOLE) : nullptr;
-  });
-}
-
-const void* packed_for(Tensor* tensor, Layout layout) {
-  if (!tensor->damaged && !tensor->packed[layout]) {
+const void* packed_for(Tensor* t, Layout layout) {
+  if (!t->damaged && !t->packed[layout] && !t->failed[layout]) {
     pthread_rwlock_wrlock(&lock);
-    if (!tensor->damaged && !tensor->packed[layout]) pack(tensor, layout);
+    if (!t->packed[layout] && !t->failed[layout]) pack(t, layout);
     pthread_rwlock_unlock(&lock);
   }
-  return tensor->packed[layout];
+  return t->packed[layout];
+}
+
+bool is_sound(Tensor* t) { return t->packed[WHOLE] || packed_for(t, BANDS); }
+
+Tensor* known_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride, const Tensor* previous) {
+  pthread_rwlock_rdlock(&lock);
+  Tensor* found = search(previous, [&](const Tensor& t) { return is_at(t, begin, rows, columns, stride); });
+  pthread_rwlock_unlock(&lock);
+  return found;
+}
+
+Tensor* tensor_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride) {
+  const auto* header = reinterpret_cast<const blob::Header*>(begin);
+  if (!blob::begins_at(begin, rows * stride, columns, stride) || header->rows != rows) return nullptr;
+  const auto is_it = [&](const Tensor& t) {
+    return is_at(t, begin, rows, columns, stride) && (!t.damaged || !blob::is_whole(*header));
+  };
+  return search_or_meet(nullptr, is_it, [&] { return meet(begin, columns, stride); });
 }

@@ -1,5 +1,5 @@
-// Tensors that have been met: each is checked once, when it is first asked for, and repacked once for each way of
-// multiplying with it.
+// Tensors that have been met: each is checked when it is first asked for, and repacked once for each way of multiplying
+// with it.
 #pragma once
 
 #include <stddef.h>
@@ -17,13 +17,15 @@ struct Tensor {
   Tensor* after;      // the one that was met next
   const char* begin;  // the blob; bytes 0: the memory holds something else by now
   size_t bytes;
-  uint64_t stride;
+  uint64_t columns, stride;
   uint32_t checksums[2];  // of the header and of the data, as the header says
   // Of each row its checksum, and how it begins.
   uint32_t* row_checksums;
   uint64_t* beginnings;
-  std::atomic<bool> damaged;
-  std::atomic<void*> packed[2];  // by Layout; null: not yet
+  std::atomic<bool> damaged;  // its data
+  // By Layout. Null: not yet, or not at all.
+  std::atomic<void*> packed[2];
+  std::atomic<bool> failed[2];
 
   const blob::Header& header() const { return *reinterpret_cast<const blob::Header*>(begin); }
 };
@@ -38,16 +40,6 @@ struct Place {
 
 // Goes to a row; false where it is of no tensor, or of a damaged one, which is said on stderr once for each.
 bool look_up(const char* row, uint64_t columns, uint64_t stride, Place* place);
-
-// Whether a tensor of so many rows begins here, in memory that is there.
-bool is_tensor(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride);
-
-// That tensor; null where there is none, or no memory to keep it in mind. previous: what the thread asked for last, or
-// null.
-Tensor* tensor_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride, const Tensor* previous);
-
-// Null where it is damaged, or where there is no memory for it, which is said.
-const void* packed_for(Tensor* tensor, Layout layout);
 
 // The same without looking closely where the product is plainly the one before, which goes on: ggml takes rows of a
 // matrix one after the other and leaves out what other threads do, or takes a block of them again with other activations.
@@ -71,3 +63,16 @@ inline bool go_to(const char* row, uint64_t columns, uint64_t stride, const void
   place->looked_up = false;
   return !t->damaged;
 }
+
+// Null where it is damaged, does not fit together, or there is no memory for it, which is said once.
+const void* packed_for(Tensor* tensor, Layout layout);
+
+// Whether its values can be asked for: what could be repacked was checked.
+bool is_sound(Tensor* tensor);
+
+// The tensor of so many rows that begins here, in memory that is there, and has been met; null where none has. previous:
+// what the thread asked for last, or null.
+Tensor* known_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride, const Tensor* previous);
+
+// The same, and meets it; null where none begins here.
+Tensor* tensor_at(const char* begin, uint64_t rows, uint64_t columns, uint64_t stride);

@@ -5,9 +5,10 @@ python graph_driver.py FOLDER PLUGIN BASE_LIBRARY CPU_LIBRARY
 FOLDER holds request.npz, blob (uint8), shape (experts, rows, columns), number (of the type), x (float32 [n, columns]),
 chosen (int32 [n, used], which experts each row of x goes to), skipped (rows) and threads, and perhaps another blob of
 the same size, then. It gets answer.npz: plain, products of all rows of all experts [n, experts * rows]; apart, the
-same of rows of x that are a matrix each, and strided, of rows that lie apart; of_rows, without those that were skipped;
-of_experts, of the chosen ones [n, used, rows]; then, plain with the other blob in the same memory; whole, of how many
-ggmls whole products are done; and added, how many buffer types ggml has more than before.
+same of rows of x that are a matrix each, and strided, of rows that lie apart; first_rows, so many as are skipped, and
+of_rows, the others; of_experts, of the chosen ones [n, used, rows]; taken, which of the first five are done at once;
+then, plain with the other blob in the same memory; whole, of how many ggmls whole products are done; and added, how
+many buffer types ggml has more than before.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Ggml:
         begin, end = self._call(self._cpu, name, result=ctypes.POINTER(_SIZE * 2)).contents
         return int(end - begin) // ctypes.sizeof(_POINTER)
 
+    def is_taken(self, product: int, threads: int) -> bool:
+        """Whether somebody does it in ggml's place."""
+        arguments = _INT(threads), _POINTER(product), ctypes.byref(_SIZE())
+        return bool(self._call(self._cpu, "ggml_cpu_extra_work_size", *arguments, result=ctypes.c_bool))
+
     def data(self, tensor: int) -> int:
         found: int = self._call(self._base, "ggml_get_data", _POINTER(tensor))
         return found
@@ -94,19 +100,26 @@ def main(folder: Path, plugin: str, base: str, cpu: str) -> None:
     which = ggml.tensor(I32, (used, n), chosen)
     stride = request["blob"].nbytes // (experts * rows)
     left = experts * rows - skipped
+    first = ggml.view(flat, (columns, skipped), stride, 0)
     some = ggml.view(flat, (columns, left), stride, skipped * stride)
     wide = ggml.tensor(F32, (columns + 32, n), np.pad(x, ((0, 0), (0, 32)), constant_values=np.nan))
     loose = ggml.view(wide, (columns, n), 4 * (columns + 32), 0)
 
+    taken = []
+
     def product(name: str, shape: tuple[int, ...], *tensors: int) -> np.ndarray:
-        return ggml.read(ggml.product(name, threads, *tensors), shape)
+        made = ggml.product(name, threads, *tensors)
+        taken.append(ggml.is_taken(made, threads))
+        return ggml.read(made, shape)
 
     answer = {
         "plain": product("ggml_mul_mat", (n, experts * rows), flat, inputs),
         "apart": product("ggml_mul_mat", (n, experts * rows), flat, each),
         "strided": product("ggml_mul_mat", (n, experts * rows), flat, loose),
+        "first_rows": product("ggml_mul_mat", (n, skipped), first, inputs),
         "of_rows": product("ggml_mul_mat", (n, left), some, inputs),
         "of_experts": product("ggml_mul_mat_id", (n, used, rows), deep, each, which),
+        "taken": np.array(taken[:5]),
         "whole": np.array(library.anyquant_ggml_whole()),
         "added": np.array(ggml.buffer_types() - before),
     }

@@ -64,7 +64,10 @@ int multiply(const void* packed, uint64_t rows, uint64_t cols, size_t batch, Pro
   for (float& each : x) each = static_cast<float>(random_below(2001)) / 1000.f - 1.f;
   const size_t size = aq_matmul_workspace(packed, batch);
   const Aligned workspace(size);
-  if (aq_matmul_prepare(packed, x.data(), batch, workspace.memory, size) != AQ_OK) return 3;
+  if (size > aq_matmul_most_workspace(cols, batch)) return 3;
+  for (size_t parts = 1 + random_below(4), part = parts; part-- > 0;) {
+    if (aq_matmul_prepare_part(packed, x.data(), batch, workspace.memory, size, part, parts) != AQ_OK) return 3;
+  }
   for (int level = AQ_LEVEL_SCALAR; level <= aq_matmul_level(); ++level) {
     std::vector<float> y(batch * rows, NAN);
     std::vector<std::thread> threads;

@@ -78,7 +78,7 @@ def exact_products(tensor: ir.Tensor, x: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @pytest.mark.parametrize("route", ["", "rows"])
 @pytest.mark.parametrize("kind", TENSORS)
-@pytest.mark.parametrize(("n", "threads"), [(1, 1), (1, 3), (2, 2), (5, 3), (34, 2), (67, 7), (135, 2)])
+@pytest.mark.parametrize(("n", "threads"), [(1, 1), (1, 3), (2, 5), (3, 7), (5, 3), (34, 2), (67, 7), (135, 2)])
 def test_products_of_graphs(kind: str, n: int, threads: int, route: str, run: Run) -> None:
     """Whole ones, and one row after the other: so are those of activations that lie apart, and of some of the rows."""
     tensor = TENSORS[kind]()
@@ -86,9 +86,12 @@ def test_products_of_graphs(kind: str, n: int, threads: int, route: str, run: Ru
     x, chosen = inputs(n)
     answer = run(blob, name, x, chosen, threads, route)
     assert answer["whole"] == answer["added"] == (route == "")
+    at_once = [route == ""] * 2  # of all rows, with activations without gaps
+    assert answer["taken"].tolist() == [*at_once, False, False, False]
     exact, limit = exact_products(tensor, x)
     for each in ("plain", "apart", "strided"):
         assert (np.abs(answer[each] - exact) <= limit).all(), each
+    assert (np.abs(answer["first_rows"] - exact[:, :SKIPPED]) <= limit[:, :SKIPPED]).all()
     assert (np.abs(answer["of_rows"] - exact[:, SKIPPED:]) <= limit[:, SKIPPED:]).all()
     row = np.arange(n)[:, None]
     apart, most = (array.reshape(n, EXPERTS, ROWS)[row, chosen] for array in (exact, limit))
