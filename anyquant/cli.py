@@ -274,6 +274,7 @@ def export(out: Output, exporter: str, folder: Path, output: Path, **options: An
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="Exported GGUF, run by llama.cpp.")
 @click.option("--onnx", type=click.Path(path_type=Path), metavar="DIR2", help="Exported ONNX, run by ONNX Runtime.")
 @click.option("--activations", metavar="FORMAT", help="Also the IR with activations in bfp2 to bfp8, blocks of 16.")
+@click.option("--device", default="cpu", metavar="cpu|cuda", help="cuda: also the IR on a GPU, by our kernels.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write report.json and report.html.")
 @click.option("--max-kl", type=float, metavar="X", help="Gate: mean KL to the source, in nats.")
 @click.option("--min-top1", type=float, metavar="Y", help="Gate: top-1 agreement with the source, 0 to 1.")

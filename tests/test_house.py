@@ -178,6 +178,7 @@ def test_the_wheel_holds_everything(repository: Path, tmp_path: Path) -> None:
     expected = {path.relative_to(source).as_posix() for path in (source / "anyquant").rglob("*") if path.is_file()} | {
         f"anyquant/{path.relative_to(source).as_posix()}" for path in (source / "exporters").rglob("*.py")
     }
+    expected |= {f"anyquant/_kernels/cuda/{path.name}" for path in (source / "kernels" / "cuda").iterdir()}
     assert expected <= names
     assert "anyquant/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

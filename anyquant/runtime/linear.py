@@ -84,7 +84,7 @@ class PackedLinear(nn.Module):
         if x.device.type != "cpu" or x.shape[-1] != self.in_features:
             raise UsageError(
                 f"this layer takes activations [..., {self.in_features}] on the CPU, not {list(x.shape)} on "
-                f"{x.device}. For other devices load with dequantize=True."
+                f'{x.device}. For a GPU load with device="cuda", for others with dequantize=True.'
             )
         y: torch.Tensor = torch.ops.anyquant.matmul(x.float(), self.packed, self.out_features)
         if self.bias is not None:
@@ -104,13 +104,24 @@ class PackedLinear(nn.Module):
         return self
 
 
-def replace_linears(model: nn.Module, names: Iterable[str], read: Callable[[str], ir.Tensor]) -> None:
+def packed_linear(tensor: ir.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """The layer for a tensor of a kind that can be packed."""
+    return PackedLinear(PackedMatrix(tensor), bias)
+
+
+def replace_linears(
+    model: nn.Module,
+    names: Iterable[str],
+    read: Callable[[str], ir.Tensor],
+    make: Callable[[ir.Tensor, torch.Tensor | None], nn.Module] = packed_linear,
+) -> None:
     """Put packed matrices in the place of linear layers.
 
     Args:
         model: whose modules are replaced.
         names: of the layers' weights.
         read: gives the tensor of a name, of a kind that can be packed; each is packed before the next one is read.
+        make: gives the layer of a tensor and a bias.
     """
     for name in names:
         path = name.removesuffix(".weight")
@@ -118,7 +129,7 @@ def replace_linears(model: nn.Module, names: Iterable[str], read: Callable[[str]
         module = model.get_submodule(path)
         bias = module.bias
         assert bias is None or isinstance(bias, torch.Tensor)
-        setattr(model.get_submodule(parent), leaf, PackedLinear(PackedMatrix(read(name)), bias))
+        setattr(model.get_submodule(parent), leaf, make(read(name), bias))
 
 
 def replaceable(model: nn.Module, names: Container[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anyquant import ir
-from anyquant.errors import CorruptFileError, UnknownArchitecture
+from anyquant.errors import CorruptFileError, MachineError, UnknownArchitecture, UsageError
 from anyquant.runtime import native
 
 if TYPE_CHECKING:
@@ -63,42 +63,81 @@ def as_stored(
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, dequantize: bool = False, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load an IR folder as a transformers model that generates.
 
-    Linear layers multiply with their packed matrices, in about the memory that the folder takes on disk, on the CPU.
-    Other layers, those of the kind ggml, and all where the compiled library is missing, hold dequantized weights.
+    Linear layers multiply with their packed matrices, in about the memory that the folder takes on disk, on the CPU or
+    on an NVIDIA GPU. Other layers, those of the kind ggml, and on the CPU all where the compiled library is missing,
+    hold dequantized weights.
 
     Args:
         path: the folder that ``anyquant quantize`` wrote.
         dtype: of the parameters; FP32, which holds every dequantized value exactly, unless given.
         dequantize: dequantize all weights: four bytes for each, and linear layers that run on any device.
+        device: where the model is to be: "cpu", or "cuda", "cuda:1", ...
         trust_remote_code: passed on to transformers for architectures with code of their own.
 
     Raises:
         InputError: not an IR folder.
         CorruptFileError: the folder is damaged, or its tensors are not those of the architecture.
         UnknownArchitecture: transformers has no such causal language model.
+        UsageError: another device.
+        MissingDependency: the extra for GPUs is not installed.
+        MachineError: there is no GPU that the kernels run on, or it has too little memory.
     """
+    import torch
     from transformers import GenerationConfig
 
+    home = _device(device)
+    on_gpu = home.type == "cuda"
+    if on_gpu:  # refused before anything is read
+        from anyquant.runtime.cuda.launcher import launcher, require_gpu
+
+        require_gpu(home) if dequantize else launcher(home)
     native.install()
     folder = Path(path)
     model = ir.open_ir(folder)
     code = folder if trust_remote_code else None
-    packed = {} if dequantize or not native.available() else _packable(model, str(path), code)
+    packed = {} if dequantize or not (on_gpu or native.available()) else _packable(model, str(path), code)
     loaded = model_from_state(
         model.config, checkpoint_tensors(model, packed), model.aliases, str(path),
         dtype=dtype, code_folder=code, replaced=packed,
     )  # fmt: skip
     if packed:
-        from anyquant.runtime.linear import replace_linears
+        from anyquant.runtime.linear import packed_linear, replace_linears
 
-        replace_linears(loaded, packed, model.tensor)
+        make = packed_linear
+        if on_gpu:
+            from anyquant.runtime.cuda.linear import quantized_linear
+
+            make = quantized_linear
+        replace_linears(loaded, packed, model.tensor, make)
+    if on_gpu:
+        try:
+            torch.nn.Module.to(loaded, home)
+        except torch.OutOfMemoryError as error:
+            raise MachineError(f"{path} does not fit into the memory of {home}: {error}") from error
     if (folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(folder)
     return loaded
+
+
+def _device(name: str | torch.device) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {str(name)!r}; models are loaded onto 'cpu' or 'cuda'")
+    return device
 
 
 def _packable(model: ir.Model, where: str, code_folder: Path | None) -> dict[str, tuple[int, int]]:

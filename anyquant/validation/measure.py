@@ -24,6 +24,8 @@ from anyquant.validation.runners.process import ProcessRunner
 from anyquant.validation.runners.protocol import Runner
 from anyquant.validation.runners.worker import peak_memory
 
+GPU = "CUDA"
+"""The name of the IR on a GPU, with our kernels."""
 _LISTED = 20
 
 
@@ -75,11 +77,11 @@ def measure_window(
 ) -> Iterator[str]:
     """Run all models on one window and compare them.
 
-    The first stations are the references (the source, if there is one, and the IR); their logits are kept while the
-    others follow one by one.
+    The first stations are the references (the source, if there is one, the IR, and the IR on a GPU); their logits are
+    kept while the others follow one by one.
 
     Args:
-        stations: in the order source, IR, files.
+        stations: in the order source, IR, IR on a GPU, files.
         pairs: filled with one comparison per window.
         window: its number.
         ids: [n] of the window.
@@ -110,7 +112,7 @@ def measure_window(
                     candidate_normalizers=normalizers,
                 )
             )
-        if station.name in ("source", "IR"):
+        if station.name in ("source", "IR", GPU):
             references[station.name] = (logits, normalizers)
         yield station.name
 

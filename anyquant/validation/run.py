@@ -20,7 +20,7 @@ from anyquant.validation.activation_formats import activation_format
 from anyquant.validation.arithmetic import Arithmetic, gguf_arithmetic, onnx_arithmetic
 from anyquant.validation.bootstrap import Bootstrap
 from anyquant.validation.gates import all_gates
-from anyquant.validation.measure import Pairs, Station, measure_window, perplexity, summarize
+from anyquant.validation.measure import GPU, Pairs, Station, measure_window, perplexity, summarize
 from anyquant.validation.report import JSON_NAME, write_report
 from anyquant.validation.results import SCHEMA, Gate, ModelRow, TensorComparison, ValidationReport
 from anyquant.validation.runners import RunnerSpec, open_runner
@@ -73,6 +73,13 @@ class _Validation:
         self.activations = activation_format(settings.activations) if settings.activations else None
         if self.activations is not None:
             self.arithmetic[self.activations.row] = Arithmetic("quantized", self.activations.reason)
+        if settings.device != "cpu":
+            import torch
+
+            from anyquant.runtime.cuda.launcher import require_gpu
+
+            require_gpu(torch.device(settings.device))
+            self.arithmetic[GPU] = Arithmetic("fp32", "our kernels and torch compute in FP32")
         self.notes: list[str] = []
         self.tokenizer = texts.load_tokenizer(settings.model, settings.trust_remote_code)
         self._cut_text()
@@ -107,10 +114,14 @@ class _Validation:
             for name, kind, path in files
             if path is not None
         ]
+        after = next(number for number, spec in enumerate(specs, 1) if spec.name == "IR")
+        ours = specs[after - 1]
+        others = []
+        if settings.device != "cpu":
+            others.append(replace(ours, name=GPU, device=settings.device))
         if self.activations is not None:
-            after = next(number for number, spec in enumerate(specs, 1) if spec.name == "IR")
-            specs.insert(after, replace(specs[after - 1], name=self.activations.row, activations=self.activations.name))
-        return specs
+            others.append(replace(ours, name=self.activations.row, activations=self.activations.name))
+        return [*specs[:after], *others, *specs[after:]]
 
     def _look_at_source(self) -> int:
         """Bytes of the source's tensors; a note if it is not what the IR was made of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class ValidationSettings:
         gguf: an exported GGUF file, run by llama.cpp.
         onnx: an exported ONNX folder, run by ONNX Runtime.
         activations: "bfp2" to "bfp8": measure the IR with activations of this format too; None does not.
+        device: "cuda" or "cuda:1": measure the IR on that GPU too, with our kernels, in FP32; "cpu" does not.
         report: folder for report.json and report.html; None writes nothing.
         window: tokens per window, cut to the model's context.
         windows: at most this many windows, drawn with ``seed`` where the text has more.
@@ -47,6 +49,7 @@ class ValidationSettings:
     gguf: Path | None = None
     onnx: Path | None = None
     activations: str | None = None
+    device: str = "cpu"
     report: Path | None = None
     window: int = 512
     windows: int = 16
@@ -78,6 +81,8 @@ class ValidationSettings:
             raise UsageError(f"tie_tolerance is {self.tie_tolerance}; it must be a number of at least 0")
         if self.activations is not None:
             activation_format(self.activations)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"--device is {self.device!r}; it is cpu, cuda, or cuda and the number of a GPU: cuda:1")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl >= 0):
             raise UsageError(f"--max-kl is {self.max_kl}; it must be a number of at least 0, in nats")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:

@@ -64,6 +64,7 @@ class RunnerSpec:
         revision: of a hub checkpoint.
         trust_remote_code: for a checkpoint with code of its own.
         activations: of an IR, quantized to this format ("bfp6"); None leaves them in float32.
+        device: of an IR: "cuda" runs our kernels on that GPU, "cpu" torch's on dequantized weights.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RunnerSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     activations: str | None = None
+    device: str = "cpu"
 
     @property
     def thread_count(self) -> int:

@@ -1,4 +1,4 @@
-"""PyTorch: the source, or the dequantized weights of an IR folder."""
+"""PyTorch: the source, or the weights of an IR folder, dequantized or multiplied with by our kernels for GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TorchRunner:
-    """A transformers causal language model, on the CPU and in float32."""
+    """A transformers causal language model in float32, on the device that it is on."""
 
     def __init__(self, name: str, model: Any, threads: int | None = None, activations: str | None = None) -> None:
         """Wrap a model that is loaded already.
@@ -34,7 +34,10 @@ class TorchRunner:
             torch.set_num_threads(threads)
         self.name, self.runtime = name, f"PyTorch {torch.__version__}"
         self._model, self._activations = model.eval(), activations
-        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        embeddings = model.get_input_embeddings().weight
+        self._vocabulary, self._device = int(embeddings.shape[0]), embeddings.device
+        if self._device.type == "cuda":
+            self.runtime += f", anyquant's kernels on {torch.cuda.get_device_name(self._device)}"
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         """In which the model is to be run."""
@@ -50,8 +53,9 @@ class TorchRunner:
 
         check_ids(token_ids, self._vocabulary, self.name)
         with torch.inference_mode(), self._arithmetic():
-            output = self._model(torch.from_numpy(np.array(token_ids[None], dtype=np.int64)), use_cache=False)
-        result: NDArray[np.float32] = output.logits[0].float().numpy()
+            ids = torch.from_numpy(np.array(token_ids[None], dtype=np.int64)).to(self._device)
+            output = self._model(ids, use_cache=False)
+        result: NDArray[np.float32] = output.logits[0].float().cpu().numpy()
         return result
 
     def generate(self, prompt_ids: list[int], n: int) -> list[int]:
@@ -59,13 +63,13 @@ class TorchRunner:
         import torch
 
         check_ids(np.asarray(prompt_ids, dtype=np.int64), self._vocabulary, self.name)
-        step, cache, answer = torch.tensor([prompt_ids], dtype=torch.int64), None, []
+        step, cache, answer = torch.tensor([prompt_ids], dtype=torch.int64, device=self._device), None, []
         with torch.inference_mode(), self._arithmetic():
             for _ in range(n):
                 output = self._model(step, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
-                answer.append(int(output.logits[0, -1].float().numpy().argmax()))
-                step = torch.tensor([[answer[-1]]], dtype=torch.int64)
+                answer.append(int(output.logits[0, -1].float().cpu().numpy().argmax()))
+                step = torch.tensor([[answer[-1]]], dtype=torch.int64, device=self._device)
         return answer
 
     def close(self) -> None:
@@ -74,11 +78,17 @@ class TorchRunner:
 
 
 def open_ir_runner(spec: RunnerSpec) -> TorchRunner:
-    """An IR folder, its weights dequantized to float32; its activations quantized where the spec says so."""
+    """An IR folder, its weights dequantized to float32, or on a GPU as they are; its activations as the spec says.
+
+    Raises:
+        MissingDependency: the extra for GPUs is not installed.
+        MachineError: there is no GPU that the kernels run on.
+    """
     from anyquant.runtime import load
 
     quiet()
-    model = load(Path(spec.path), dequantize=True, trust_remote_code=spec.trust_remote_code)
+    on_cpu = spec.device == "cpu"
+    model = load(Path(spec.path), dequantize=on_cpu, device=spec.device, trust_remote_code=spec.trust_remote_code)
     return TorchRunner(spec.name, model, threads=spec.thread_count, activations=spec.activations)
 
 

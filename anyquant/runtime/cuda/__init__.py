@@ -1,0 +1,1 @@
+"""Products with quantized matrices on NVIDIA GPUs. Importing this imports neither torch nor CUDA."""
