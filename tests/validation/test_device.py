@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import anyquant
-from anyquant.cli import cli
 from anyquant.errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    from tests.conftest import Result
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(tiny_ir: Path, tmp_path: Path) -> None:
+def test_without_a_gpu(tiny_ir: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     for dequantize in (False, True):
         with pytest.raises(MachineError, match="GPU"):
             anyquant.load(tiny_ir, device="cuda", dequantize=dequantize)
@@ -22,6 +25,7 @@ def test_without_a_gpu(tiny_ir: Path, tmp_path: Path) -> None:
         anyquant.load(tiny_ir, device="tpu")
     text = tmp_path / "text.txt"
     text.write_text("The sea is salty. " * 50)
-    for device, code in [("cuda", 6), ("cuda:0", 6), ("tpu", 2), ("cuda:x", 2)]:
-        done = CliRunner().invoke(cli, ["validate", str(tiny_ir), "--text", str(text), "--device", device])
-        assert (done.exit_code == code) or getattr(done.exception, "exit_code", None) == code, (device, done.output)
+    for device, code, words in [("cuda", 6, "GPU"), ("cuda:0", 6, "GPU"), ("tpu", 2, "tpu"), ("cuda:x", 2, "cuda:1")]:
+        result = invoke("validate", tiny_ir, "--text", text, "--device", device)
+        assert (result.code, result.out) == (code, "")
+        assert words in result.err

@@ -33,14 +33,15 @@ class _QuantizedLinear(nn.Module):
         """[..., out_features] of [..., in_features], in the dtype of x: float32, float16 or bfloat16.
 
         Raises:
-            UsageError: the activations are of another dtype, lie elsewhere than the matrix, or have another width.
+            UsageError: the activations are of another dtype, lie elsewhere than the matrix, or have another width; or
+                the matrix is on no GPU.
             MachineError: the GPU cannot run the kernels, or has too little memory.
         """
         home = next(self.buffers()).device
-        if x.dtype not in TYPES or x.device != home or home.type != "cuda" or x.shape[-1] != self.in_features:
+        if x.dtype not in TYPES or x.device != home or x.shape[-1] != self.in_features:
             raise UsageError(
-                f"this layer, on {home}, takes float32, float16 or bfloat16 activations [..., {self.in_features}] on "
-                f"the GPU that it is on, not {x.dtype} {list(x.shape)} on {x.device}."
+                f"this layer takes float32, float16 or bfloat16 activations [..., {self.in_features}] on {home}, where "
+                f"it is, not {x.dtype} {list(x.shape)} on {x.device}."
             )
         rows = x.reshape(-1, self.in_features).contiguous()
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from anyquant.errors import UsageError
 from anyquant.runtime.cuda.launcher import launcher
 from anyquant.runtime.cuda.products import Output, Type
 
@@ -44,6 +45,9 @@ def machine(device: torch.device) -> Gpu:
     """The GPU of a device, made once.
 
     Raises:
+        UsageError: the device is no GPU.
         MachineError: it cannot run the kernels.
     """
+    if device.type != "cuda":
+        raise UsageError(f"kernels for GPUs cannot multiply with a matrix on {device}: move the model to 'cuda'")
     return Gpu(device)
