@@ -27,6 +27,8 @@ PACKAGES = {
     "onnxruntime-gpu": ("onnxruntime-gpu", "running ONNX on a GPU"),
     "onnxruntime-genai": ("onnxruntime", "graphs of ONNX models, generating text"),
     "xllamacpp": ("llamacpp", "llama.cpp, for validate"),
+    "cuda-core": ("cuda", "kernels on NVIDIA GPUs"),
+    "nvidia-cuda-nvrtc": ("cuda", "compiling them, at first use"),
     "matplotlib": ("report", "plots of the report"),
 }
 # Both write the folder onnxruntime/: side by side they break each other.
