@@ -108,3 +108,21 @@ def test_graphs_and_other_streams(axis: int, batch: int) -> None:
     x.mul_(2)
     graph.replay()
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["codebook", "block"])
+def test_logits_of_the_real_model(kind: str, request: pytest.FixtureRequest) -> None:
+    """SmolLM2, with codebooks and outliers and with blocks, against torch on dequantized weights on the CPU."""
+    import anyquant
+
+    folder = request.getfixturevalue("real_ir") if kind == "block" else request.getfixturevalue("real_skim").folder
+    tokens = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_seed(0))
+    expected = anyquant.load(folder, dequantize=True)
+    model = anyquant.load(folder, device="cuda")
+    with torch.inference_mode():
+        for length in (1, 7, 48):
+            logits = model(tokens[:, :length].cuda()).logits.cpu()
+            assert (logits - expected(tokens[:, :length]).logits).abs().max() <= 1e-3
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(tokens.cuda(), **settings).cpu(), expected.generate(tokens, **settings))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,10 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from anyquant import ir
 from anyquant.errors import UsageError
 from anyquant.runtime.cuda import linear
-from anyquant.runtime.cuda.products import Output
 from anyquant.runtime.linear import replace_linears
 from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
-from tests.kernels.cuda.machine import EmulatedGpu
+from tests.kernels.cuda.machine import TorchOnEmulator
 
 TENSORS = [
     codebook_tensor((70, 200), 0, [2, 3, 4], scaled=True, outliers=90),
@@ -26,35 +21,6 @@ TENSORS = [
     affine_tensor(ir.AffineSpec((70, 200), 4, 64)),
 ]
 LIMIT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-class TorchOnEmulator:
-    """The emulator, whose memory is tensors on the CPU."""
-
-    def __init__(self, folder: Path) -> None:
-        self._gpu = EmulatedGpu(folder)
-        self.multiprocessors, self.launched = 4, self._gpu.launched
-
-    def launch(
-        self, source: str, macros: Mapping[str, int], kernel: str, grid: tuple[int, int], threads: int,
-        shared_bytes: int, *arguments: Any,
-    ) -> None:  # fmt: skip
-        def array(tensor: torch.Tensor) -> np.ndarray:
-            bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-            return bits.detach().numpy()
-
-        given = [
-            Output(array(each.memory)) if isinstance(each, Output)
-            else array(each) if isinstance(each, torch.Tensor) else each
-            for each in arguments
-        ]  # fmt: skip
-        self._gpu.launch(source, macros, kernel, grid, threads, shared_bytes, *given)
-
-    def floats(self, count: int) -> torch.Tensor:
-        return torch.full((count,), torch.nan)
-
-    def halves(self, count: int) -> torch.Tensor:
-        return torch.full((count,), torch.nan, dtype=torch.float16)
 
 
 @pytest.fixture

@@ -77,12 +77,16 @@ class CodebookLinear(_QuantizedLinear):
         self.layout = layout
         self.register_buffer("packed", torch.from_numpy(packed))
 
+    def weights(self, dtype: torch.dtype) -> torch.Tensor:
+        """Dequantized weights [out, in] where the matrix lies, in float32, float16 or bfloat16."""
+        weight = torch.empty(self.layout.shape, dtype=dtype, device=self.packed.device)
+        expand(machine(self.packed.device), self.layout, self.packed, TYPES[dtype], weight)
+        return weight
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        gpu, kind = machine(x.device), TYPES[x.dtype]
         if len(x) > MOST_ROWS:
-            weight = x.new_empty(self.layout.shape)
-            expand(gpu, self.layout, self.packed, kind, weight)
-            return nn.functional.linear(x, weight)
+            return nn.functional.linear(x, self.weights(x.dtype))
+        gpu, kind = machine(x.device), TYPES[x.dtype]
         y, step = x.new_empty(len(x), self.out_features), MOST_EXACT_ROWS if kind is Type.FP32 else MOST_ROWS
         for first in range(0, len(x), step):
             some = x[first : first + step]

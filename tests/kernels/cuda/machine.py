@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from anyquant import ir
@@ -46,6 +47,40 @@ class EmulatedGpu:
     def halves(self, count: int) -> NDArray[np.float16]:
         """See Machine."""
         return np.full(count, np.nan, np.float16)
+
+
+class TorchOnEmulator:
+    """The emulator, whose memory is tensors on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: for what is compiled."""
+        self._gpu = EmulatedGpu(folder)
+        self.multiprocessors, self.launched = 4, self._gpu.launched
+
+    def launch(
+        self, source: str, macros: Mapping[str, int], kernel: str, grid: tuple[int, int], threads: int,
+        shared_bytes: int, *arguments: Any,
+    ) -> None:  # fmt: skip
+        """See Machine."""
+
+        def array(tensor: torch.Tensor) -> NDArray[Any]:
+            bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+            return bits.detach().numpy()
+
+        given = [
+            Output(array(each.memory)) if isinstance(each, Output)
+            else array(each) if isinstance(each, torch.Tensor) else each
+            for each in arguments
+        ]  # fmt: skip
+        self._gpu.launch(source, macros, kernel, grid, threads, shared_bytes, *given)
+
+    def floats(self, count: int) -> torch.Tensor:
+        """See Machine."""
+        return torch.full((count,), torch.nan)
+
+    def halves(self, count: int) -> torch.Tensor:
+        """See Machine."""
+        return torch.full((count,), torch.nan, dtype=torch.float16)
 
 
 def to_kind(x: Floats, kind: Type) -> NDArray[Any]:

@@ -1,0 +1,1 @@
+"""What tools/gpu_check and tools/benchmark_cuda.py are made of."""
