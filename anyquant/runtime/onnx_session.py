@@ -1,11 +1,13 @@
 """Opening an exported model in ONNX Runtime, with our kernels for the operators that ONNX Runtime does not have.
 
 ``libanyquant_onnxruntime`` (kernels/onnxruntime) is one file for ONNX Runtime 1.20 and later. Without it the functions
-in the model compute the same.
+in the model compute the same. Its kernel for NVIDIA GPUs has run on none yet: with ANYQUANT_ONNXRUNTIME_CUDA=1 in the
+environment it is used.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 LIBRARY = "libanyquant_onnxruntime.so"
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 Provider = str | tuple[str, dict[str, Any]]
 _OPERATOR = b"CodebookMatMul"
 
@@ -85,8 +87,9 @@ def onnx_session(
 ) -> onnxruntime.InferenceSession:
     """Open a folder that ``anyquant export onnx`` wrote, or a file in one, in ONNX Runtime.
 
-    Codebook matrices are multiplied with by the installed library of operators where the CPU is the first provider;
-    elsewhere, or with a RuntimeWarning if there is no such library, by the functions in the model.
+    Codebook matrices are multiplied with by the installed library of operators where the CPU is the first provider, or
+    where CUDA is and ANYQUANT_ONNXRUNTIME_CUDA=1 is in the environment; elsewhere, or with a RuntimeWarning if there is
+    no such library, by the functions in the model.
 
     Args:
         folder: the folder, or a file that ends in .onnx.
@@ -112,7 +115,8 @@ def onnx_session(
     if not providers:
         raise UsageError(f"no execution provider is named for {file}; the CPU's is {CPU}")
     first = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if first == CPU and _OPERATOR in file.read_bytes():
+    ours = first == CPU or (first == CUDA and os.environ.get("ANYQUANT_ONNXRUNTIME_CUDA") == "1")
+    if ours and _OPERATOR in file.read_bytes():
         if native.path_of(LIBRARY) is None:
             reason = native.missing(LIBRARY)
             warnings.warn(f"{file} runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)

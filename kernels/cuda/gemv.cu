@@ -66,9 +66,10 @@ struct RowWork {
 
 }  // namespace
 
-// y [batch][rows], of the type of x [batch][cols]. A block for each task, of up to 16 warps; shared memory: ROW_TABLE words,
-// and AQ_BATCH * 32 for each warp.
-AQ_KERNEL(512) gemv_rows(const u8* matrix, const void* x_data, int type, u32 batch, void* y) {
+// y [batch][rows], of the type of x [batch][cols], with bias FP32 [rows] unless that is null. A block for each task, of up to
+// 16 warps; shared memory: ROW_TABLE words, and AQ_BATCH * 32 for each warp.
+AQ_KERNEL(512)
+gemv_rows(const u8* matrix, const void* x_data, int type, u32 batch, const float* bias, void* y) {
   AQ_SHARED(memory);
   const Matrix& m = *reinterpret_cast<const Matrix*>(matrix);
   const Task task = at<Task>(matrix, m.task)[block_x()];
@@ -91,7 +92,9 @@ AQ_KERNEL(512) gemv_rows(const u8* matrix, const void* x_data, int type, u32 bat
     if (b >= batch || row >= task.count) continue;
     float total = m.indptr ? load_shared(of_outliers + i) : 0.0f;
     for (u32 w = 0; w < warps; ++w) total += load_shared(of_warps + w * AQ_BATCH * LANES + i);
-    store_as(y, type, static_cast<u64>(b) * m.rows + load(at<u32>(matrix, m.order) + task.first + row), total);
+    const u32 to = load(at<u32>(matrix, m.order) + task.first + row);
+    if (bias) total += load(bias + to);
+    store_as(y, type, static_cast<u64>(b) * m.rows + to, total);
   }
 }
 

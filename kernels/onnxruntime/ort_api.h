@@ -20,7 +20,7 @@ struct OrtShapeInferContext;
 enum { ORT_ANY = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_UINT16 = 4, ORT_FLOAT16 = 10, ORT_UINT32 = 12 };  // of elements
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_INVALID_GRAPH = 10 };                              // of errors
 enum { ORT_REQUIRED = 0 };        // of inputs and outputs
-enum { ORT_DEFAULT_MEMORY = 0 };  // of the execution provider
+enum { ORT_CPU_INPUT = -2, ORT_DEFAULT_MEMORY = 0 };  // memory: of the host; of the execution provider
 
 constexpr uint32_t ORT_VERSION = 17;
 
@@ -47,7 +47,9 @@ struct OrtApi {
                                         size_t count, OrtValue** value);
   void* to_99[7];
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
-  void* to_244[144];
+  void* to_193[93];
+  OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);
+  void* to_244[50];
   OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo* info, char* name, size_t* size);
   void* to_249[4];
   OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
@@ -65,6 +67,7 @@ AQ_SLOT(GetTensorTypeAndShape, 65);
 AQ_SLOT(KernelInfoGetAttribute_int64, 86);
 AQ_SLOT(KernelContext_GetInput, 90);
 AQ_SLOT(ReleaseTensorTypeAndShapeInfo, 99);
+AQ_SLOT(KernelContext_GetGPUComputeStream, 193);
 AQ_SLOT(KernelInfo_GetNodeName, 244);
 AQ_SLOT(KernelInfoGetConstantInput_tensor, 249);
 AQ_SLOT(KernelContext_ParallelFor, 274);

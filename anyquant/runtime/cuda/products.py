@@ -120,7 +120,7 @@ def _gemv(machine: Machine, layout: Layout, packed: Any, x: Any, kind: Type, bat
         shared = 4 * (max(table, room * TILE) + warps * room * _WARP)
         machine.launch(
             "gemv.cu", macros, "gemv_rows", (layout.tasks, 1), warps * _WARP, shared,
-            packed, x, kind, batch, Output(y),
+            packed, x, kind, batch, None, Output(y),
         )  # fmt: skip
         return
     warps = min(8, -(-layout.shape[0] // TILE))
@@ -162,7 +162,7 @@ def _finish(
 ) -> None:
     machine.launch(
         "finish.cu", {}, "finish_columns", (-(-layout.shape[0] // _BLOCK), batch), _BLOCK, 0,
-        packed, partial, factor, x, kind, batch, Output(y),
+        packed, partial, factor, x, kind, batch, None, Output(y),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -136,11 +137,12 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "one pointer": ({"outlier_indptr": np.ones(1, u4)}, "outlier_indptr has 1 elements"),
     "values": ({"outlier_value": np.zeros(3, f2)}, "2 columns for 3 outliers"),
     "index type": ({"outlier_index": np.zeros(2, np.int64)}, "neither uint16 nor uint32"),
-    "column": ({"outlier_index": np.array([1, 20], u2)}, "outliers are out of order, or in columns"),
-    "order": ({"outlier_index": np.array([1, 1], u2)}, "outliers are out of order"),
-    "ends": ({"outlier_indptr": np.array([0, 0, 0, 0, 0, 0, 3], u4)}, "outliers are out of order"),
-    "descends": ({"outlier_indptr": np.array([0, 2, 0, 2, 2, 2, 2], u4)}, "outliers are out of order"),
-    "start": ({"outlier_indptr": np.array([1, 2, 2, 2, 2, 2, 2], u4)}, "outliers are out of order"),
+    "column": ({"outlier_index": np.array([1, 20], u2)}, "outlier 1 of row 1 is out of order, or in column 20 of 20"),
+    "order": ({"outlier_index": np.array([1, 1], u2)}, "outlier 1 of row 1 is out of order"),
+    "ends": ({"outlier_indptr": np.array([0, 0, 0, 0, 0, 0, 3], u4)}, "runs from 0 to 3 for 2 outliers"),
+    "descends": ({"outlier_indptr": np.array([0, 2, 0, 2, 2, 2, 2], u4)}, "outlier_indptr descends after row 1"),
+    "beyond": ({"outlier_indptr": np.array([0, 9, 2, 2, 2, 2, 2], u4)}, "outlier_indptr descends after row 0"),
+    "start": ({"outlier_indptr": np.array([1, 2, 2, 2, 2, 2, 2], u4)}, "runs from 1 to 2 for 2 outliers"),
     "bias": ({"bias": np.zeros(5, np.float32)}, "bias has 5 elements for 6 outputs"),
 }
 
@@ -196,9 +198,43 @@ options.log_severity_level = 4
 if sys.argv[1]:
     options.register_custom_ops_library(sys.argv[1])
 options.optimized_model_filepath = "optimized.onnx"
-session = ort.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
+session = ort.InferenceSession("model.onnx", options, providers=sys.argv[2:] or ["CPUExecutionProvider"])
 np.save("y.npy", session.run(None, {"given": np.load("x.npy")})[0])
 """
+
+
+def test_beside_the_kernel_for_gpus(model_of: ModelOf, tmp_path: Path) -> None:
+    """Registered for both, the operator is still the CPU's own there."""
+    tensor = codebook_tensor((30, 70), 1, [2, 3])
+    x = np.random.default_rng(1).normal(size=(1, 3, 70)).astype(np.float32)
+    onnx.save(model_of(tensor, "fold"), tmp_path / "model.onnx")
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", CHILD, str(native.path_of(LIBRARY))]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "ANYQUANT_ONNXRUNTIME_CUDA": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert error(np.load(tmp_path / "y.npy"), x, tensor, np.zeros(1)) < 2e-6
+    assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["CodebookMatMul"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="ONNX Runtime is one for CPUs")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_on_a_gpu(model_of: ModelOf, tmp_path: Path, rows: int, axis: int) -> None:
+    tensor = codebook_tensor((530, 1100), axis, [2, 3, 4], scaled=True, outliers=300)
+    bias = np.random.default_rng(0).normal(size=530).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(1, rows, 1100)).astype(np.float32)
+    onnx.save(model_of(tensor, "fold", bias=bias), tmp_path / "model.onnx")
+    np.save(tmp_path / "x.npy", x)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(native.path_of(LIBRARY)), "CUDAExecutionProvider"],
+        cwd=tmp_path, env={**os.environ, "ANYQUANT_ONNXRUNTIME_CUDA": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert error(np.load(tmp_path / "y.npy"), x, tensor, bias) < 2e-6
+    assert "CodebookMatMul" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -215,7 +251,7 @@ def test_the_oldest_onnxruntime(model_of: ModelOf, old_onnxruntime: Path, tmp_pa
         done = subprocess.run(
             [sys.executable, "-c", CHILD, library],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(tmp_path / "wheel")},
+            env={"PYTHONPATH": str(tmp_path / "wheel"), "ANYQUANT_ONNXRUNTIME_CUDA": str(axis)},
             capture_output=True,
             text=True,
         )

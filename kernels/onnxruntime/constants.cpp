@@ -1,13 +1,12 @@
-// See stored_matrix.h.
+// See constants.h.
 
-#include "stored_matrix.h"
+#include "constants.h"
 
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "anyquant_matmul.h"
 #include "matmul_layout.h"
 
 using matmul::LINE, matmul::MOST_BITS, matmul::MOST_SIDE, matmul::round_up, matmul::stream_bytes;
@@ -105,6 +104,20 @@ OrtStatus* read_outliers(const OrtApi& api, const OrtKernelInfo* info, aq_codebo
   if (indptr.count == 1 && *indptr.as<uint32_t>() == 0 && !value.count) return nullptr;
   REQUIRE(indptr.count == matrix->rows + 1, "outlier_indptr has %zu elements for %zu rows", indptr.count,
           static_cast<size_t>(matrix->rows));
+  const auto* starts = indptr.as<uint32_t>();
+  REQUIRE(starts[0] == 0 && starts[matrix->rows] == value.count, "outlier_indptr runs from %u to %u for %zu outliers",
+          starts[0], starts[matrix->rows], value.count);
+  const auto column = [&](size_t i) -> uint64_t {
+    return index.type == ORT_UINT16 ? index.as<uint16_t>()[i] : index.as<uint32_t>()[i];
+  };
+  for (size_t row = 0; row < matrix->rows; ++row) {
+    REQUIRE(starts[row] <= starts[row + 1] && starts[row + 1] <= value.count, "outlier_indptr descends after row %zu", row);
+    for (size_t i = starts[row]; i < starts[row + 1]; ++i) {
+      REQUIRE(column(i) < matrix->cols && (i == starts[row] || column(i - 1) < column(i)),
+              "outlier %zu of row %zu is out of order, or in column %zu of %zu", i - starts[row], row,
+              static_cast<size_t>(column(i)), static_cast<size_t>(matrix->cols));
+    }
+  }
   matrix->outlier_indptr = indptr.as<uint32_t>();
   matrix->outlier_indptr_len = indptr.count;
   matrix->outlier_index = index.data;
@@ -127,14 +140,14 @@ OrtStatus* read_scale(const OrtApi& api, const OrtKernelInfo* info, aq_codebook_
   return nullptr;
 }
 
-OrtStatus* read_bias(const OrtApi& api, const OrtKernelInfo* info, StoredMatrix* matrix) {
+OrtStatus* read_bias(const OrtApi& api, const OrtKernelInfo* info, Constants* constants) {
   Array bias;
   ORT_TRY(read_array(api, info, BIAS, ORT_FLOAT, 1, &bias));
   if (bias.count == 1 && *bias.as<float>() == 0) return nullptr;
-  const auto outputs = static_cast<size_t>(matrix->outputs);
+  const auto outputs = static_cast<size_t>(constants->outputs);
   REQUIRE(bias.count == outputs || bias.count == 1, "bias has %zu elements for %zu outputs", bias.count, outputs);
-  REQUIRE(matrix->bias.reserve(outputs * sizeof(float)), "there is no memory for the bias");
-  for (size_t n = 0; n < outputs; ++n) matrix->bias.as<float>()[n] = bias.as<float>()[bias.count == 1 ? 0 : n];
+  REQUIRE(constants->bias.reserve(outputs * sizeof(float)), "there is no memory for the bias");
+  for (size_t n = 0; n < outputs; ++n) constants->bias.as<float>()[n] = bias.as<float>()[bias.count == 1 ? 0 : n];
   return nullptr;
 }
 
@@ -146,6 +159,12 @@ bool Memory::reserve(size_t bytes) {
   free(data_);
   data_ = aligned_alloc(LINE, round_up(bytes, LINE));
   return data_ || !bytes;
+}
+
+void Memory::take(Memory* other) {
+  free(data_);
+  data_ = other->data_;
+  other->data_ = nullptr;
 }
 
 OrtStatus* refuse(const OrtApi& api, const OrtKernelInfo* info, int error, const char* format, ...) {
@@ -162,7 +181,7 @@ OrtStatus* refuse(const OrtApi& api, const OrtKernelInfo* info, int error, const
   return api.CreateStatus(error, whole);
 }
 
-OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatrix* result) {
+OrtStatus* read_constants(const OrtApi& api, const OrtKernelInfo* info, Constants* result) {
   int64_t by_output = 0;
   ORT_TRY(api.KernelInfoGetAttribute_int64(info, "K", &result->inputs));
   ORT_TRY(api.KernelInfoGetAttribute_int64(info, "N", &result->outputs));
@@ -171,7 +190,7 @@ OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatri
   REQUIRE(is_side(result->inputs), "K is %lld", static_cast<long long>(result->inputs));
   REQUIRE(is_side(result->outputs), "N is %lld", static_cast<long long>(result->outputs));
   REQUIRE(by_output == 0 || by_output == 1, "transB is %lld", static_cast<long long>(by_output));
-  aq_codebook_matrix matrix = {};
+  aq_codebook_matrix& matrix = result->matrix;
   matrix.rows = static_cast<uint64_t>(result->outputs);
   matrix.cols = static_cast<uint64_t>(result->inputs);
   matrix.axis = !by_output;
@@ -197,9 +216,8 @@ OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatri
   ORT_TRY(read_outliers(api, info, &matrix));
   ORT_TRY(read_bias(api, info, result));
 
-  Memory streams;
-  REQUIRE(streams.reserve(census.stream), "there are no %zu bytes of memory", census.stream);
-  auto* stream = streams.as<uint8_t>();
+  REQUIRE(result->streams.reserve(census.stream), "there are no %zu bytes of memory", census.stream);
+  auto* stream = result->streams.as<uint8_t>();
   const auto* plane = planes.as<uint8_t>();
   for (size_t c = 0; c < channels; ++c) {
     const int width = bits.as<uint8_t>()[c];
@@ -209,15 +227,9 @@ OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatri
   }
   matrix.bits = bits.as<uint8_t>();
   matrix.bits_len = bits.count;
-  matrix.codes = streams.as<uint8_t>();
+  matrix.codes = result->streams.as<uint8_t>();
   matrix.codes_len = census.stream;
   matrix.codebook = codebook.as<uint16_t>();
   matrix.codebook_len = codebook.count;
-  result->packed_bytes = aq_matmul_bytes(&matrix);
-  REQUIRE(result->packed_bytes, "the constants do not fit together");
-  REQUIRE(result->packed.reserve(result->packed_bytes), "there are no %zu bytes of memory", result->packed_bytes);
-  const int status = aq_matmul_pack(&matrix, result->packed.as<void>(), result->packed_bytes);
-  REQUIRE(status != AQ_BAD_VALUE, "outliers are out of order, or in columns that the matrix does not have");
-  REQUIRE(status == AQ_OK, "the matrix cannot be packed (status %d)", status);
   return nullptr;
 }

@@ -1,6 +1,7 @@
-// The constants of a CodebookMatMul node, as docs/onnx-operators.md defines them: read, checked, repacked.
+// The constants of a CodebookMatMul node, as docs/onnx-operators.md defines them: read and checked.
 #pragma once
 
+#include "anyquant_matmul.h"
 #include "ort_api.h"
 
 // Memory that begins at the border of a cache line; freed with it.
@@ -12,6 +13,8 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
   // Whether there is that much to be had; what was held before is freed.
   bool reserve(size_t bytes);
+  // Another's, which then has none.
+  void take(Memory* other);
   template <typename T>
   T* as() const {
     return static_cast<T*>(data_);
@@ -21,12 +24,11 @@ class Memory {
   void* data_ = nullptr;
 };
 
-// What a node's kernel needs of its constants.
-struct StoredMatrix {
+struct Constants {
   int64_t inputs = 0, outputs = 0;
-  size_t packed_bytes = 0;
-  Memory packed;  // by aq_matmul_pack
-  Memory bias;    // [outputs], or nothing
+  aq_codebook_matrix matrix = {};  // refers to what the node has, and to the streams
+  Memory streams;                  // the codes
+  Memory bias;                     // [outputs], or nothing
 };
 
 // An error that says the node's name first.
@@ -34,4 +36,4 @@ OrtStatus* refuse(const OrtApi& api, const OrtKernelInfo* info, int error, const
     __attribute__((format(printf, 4, 5)));
 
 // Null, or why the node's constants mean nothing.
-OrtStatus* read_matrix(const OrtApi& api, const OrtKernelInfo* info, StoredMatrix* matrix);
+OrtStatus* read_constants(const OrtApi& api, const OrtKernelInfo* info, Constants* constants);

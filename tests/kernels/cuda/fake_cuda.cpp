@@ -1,0 +1,180 @@
+// libcuda.so.1 on the emulator, as far as the operator for ONNX Runtime uses it. "Cubins" are paths of libraries, which the
+// fake NVRTC makes. Calls that would be mistakes on a GPU end the process; FAKE_CUDA_FAIL names one that is to fail.
+
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::map<uint64_t, size_t> live;  // memory of the device
+std::map<uint64_t, size_t> async;
+std::vector<std::string> launched;
+int depth = 0, loaded = 0;
+
+#define REQUIRE(condition)                                       \
+  if (!(condition)) {                                            \
+    fprintf(stderr, "fake CUDA: %s in %s\n", #condition, __func__); \
+    abort();                                                     \
+  }
+
+bool fails(const char* name) {
+  const char* chosen = getenv("FAKE_CUDA_FAIL");
+  return chosen && !strcmp(chosen, name);
+}
+
+struct Library {
+  void* handle;
+};
+struct Function {
+  std::string name;
+  void *kernel, *emulate;
+};
+
+// What kernels take: p memory to read, w memory to write, i an integer of 32 bits.
+const std::map<std::string, const char*> ARGUMENTS = {
+    {"gemv_rows", "ppiipw"}, {"gemv_columns", "ppiiw"}, {"finish_columns", "ppppiipw"}};
+
+int allocate(uint64_t* pointer, size_t bytes) {
+  void* memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  REQUIRE(memory);
+  memset(memory, 0xff, bytes);  // not a number
+  *pointer = reinterpret_cast<uint64_t>(memory);
+  live[*pointer] = bytes;
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int cuGetErrorString(int result, const char** words) {
+  *words = result == 2 ? "out of memory" : "something else";
+  return 0;
+}
+int cuStreamGetCtx(void* stream, void** context) {
+  REQUIRE(stream == reinterpret_cast<void*>(0x57));
+  *context = reinterpret_cast<void*>(0xc7);
+  return fails("cuStreamGetCtx") ? 400 : 0;
+}
+int cuCtxPushCurrent_v2(void* context) {
+  REQUIRE(context == reinterpret_cast<void*>(0xc7));
+  ++depth;
+  return 0;
+}
+int cuCtxPopCurrent_v2(void** context) {
+  REQUIRE(depth-- > 0);
+  *context = nullptr;
+  return 0;
+}
+int cuCtxGetDevice(int* device) {
+  REQUIRE(depth > 0);
+  *device = 0;
+  return 0;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  const char* major = getenv("FAKE_CUDA_MAJOR");
+  *value = attribute == 75 ? (major ? atoi(major) : 9) : attribute == 76 ? 0 : attribute == 16 ? 4 : -1;
+  return 0;
+}
+int cuModuleLoadData(void** module, const void* image) {
+  REQUIRE(depth > 0);
+  if (fails("cuModuleLoadData")) return 200;
+  void* handle = dlopen(static_cast<const char*>(image), RTLD_NOW | RTLD_LOCAL);
+  if (!handle) fprintf(stderr, "%s\n", dlerror());
+  REQUIRE(handle);
+  *module = new Library{handle};
+  ++loaded;
+  return 0;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  void* handle = static_cast<Library*>(module)->handle;
+  *function = new Function{name, dlsym(handle, name), dlsym(handle, "emulate")};
+  return static_cast<Function*>(*function)->kernel ? 0 : 500;
+}
+int cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
+  REQUIRE(depth > 0);
+  return fails("cuMemAlloc_v2") ? 2 : allocate(pointer, bytes);
+}
+int cuMemFree_v2(uint64_t pointer) {
+  REQUIRE(live.erase(pointer));
+  free(reinterpret_cast<void*>(pointer));
+  return 0;
+}
+int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
+  REQUIRE(live.count(to) && live[to] >= bytes);
+  if (fails("cuMemcpyHtoD_v2")) return 700;
+  memcpy(reinterpret_cast<void*>(to), from, bytes);
+  return 0;
+}
+int cuMemAllocAsync(uint64_t* pointer, size_t bytes, void* stream) {
+  REQUIRE(depth > 0 && stream);
+  if (fails("cuMemAllocAsync")) return 2;
+  const int result = allocate(pointer, bytes);
+  async[*pointer] = bytes;
+  return result;
+}
+int cuMemFreeAsync(uint64_t pointer, void*) {
+  REQUIRE(async.erase(pointer));
+  return cuMemFree_v2(pointer);
+}
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                   unsigned block_z, unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+  REQUIRE(depth > 0 && stream == reinterpret_cast<void*>(0x57) && !extra);
+  REQUIRE(grid_z == 1 && block_y == 1 && block_z == 1 && shared_bytes <= 48 << 10);
+  if (fails("cuLaunchKernel")) return 719;
+  const Function& f = *static_cast<Function*>(function);
+  const char* kinds = ARGUMENTS.at(f.name);
+  std::vector<uint64_t> words, ranges;
+  for (size_t i = 0; kinds[i]; ++i) {
+    uint64_t word = 0;
+    memcpy(&word, arguments[i], kinds[i] == 'i' ? 4 : 8);
+    words.push_back(word);
+    if (kinds[i] == 'i' || !word) continue;
+    auto found = live.upper_bound(word);
+    REQUIRE(found != live.begin());
+    --found;
+    REQUIRE(word < found->first + found->second);
+    const uint64_t range[] = {word, found->first + found->second - word, kinds[i] == 'w'};
+    ranges.insert(ranges.end(), range, range + 3);
+  }
+  const uint32_t grid[] = {grid_x, grid_y};
+  char message[500];
+  using Emulate = int (*)(const char*, void*, const uint32_t*, uint32_t, uint32_t, const uint64_t*, uint32_t,
+                          const uint64_t*, uint32_t, char*, uint64_t);
+  const int failed = reinterpret_cast<Emulate>(f.emulate)(
+      f.name.c_str(), f.kernel, grid, block_x, shared_bytes, words.data(), static_cast<uint32_t>(words.size()),
+      ranges.data(), static_cast<uint32_t>(ranges.size() / 3), message, sizeof(message));
+  if (failed) fprintf(stderr, "%s\n", message);
+  REQUIRE(!failed);
+  launched.push_back(f.name);
+  return 0;
+}
+
+// For the tests.
+uint64_t fake_allocate(size_t bytes) {
+  uint64_t pointer = 0;
+  allocate(&pointer, bytes);
+  return pointer;
+}
+void fake_free(uint64_t pointer) { cuMemFree_v2(pointer); }
+size_t fake_live() { return live.size(); }
+int fake_depth() { return depth; }
+int fake_loaded() { return loaded; }
+size_t fake_launched() { return launched.size(); }
+// Memory of the device that is not the test's own: the largest piece.
+uint64_t fake_largest(uint64_t but_x, uint64_t but_y, size_t* bytes) {
+  uint64_t found = 0;
+  *bytes = 0;
+  for (const auto& [pointer, size] : live) {
+    if (pointer != but_x && pointer != but_y && size >= *bytes) found = pointer, *bytes = size;
+  }
+  return found;
+}
+}
