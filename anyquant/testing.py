@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from anyquant import ir
+from anyquant.ir.ggml_blocks import HALF_OFFSETS
 from anyquant.ir.packing import pack
 
-__all__ = ["affine_tensor", "block_tensor", "codebook_tensor"]
+__all__ = ["affine_tensor", "block_tensor", "codebook_tensor", "ggml_tensor"]
 
 
 def codebook_tensor(
@@ -90,6 +91,29 @@ def affine_tensor(spec: ir.AffineSpec, seed: int = 0) -> ir.Tensor:
     scale: NDArray[np.float16] = rng.standard_normal(blocks).astype(np.float16)
     zero = rng.integers(0, 1 << spec.bits, blocks, np.uint8)
     return _checked(spec, {".codes": pack(codes, spec.bits), ".scale": scale, ".zero": zero})
+
+
+def ggml_tensor(spec: ir.GGMLSpec, seed: int = 0) -> ir.Tensor:
+    """A tensor of stock ggml blocks of random bytes, whose scales and minima are normal and a hundredth as large.
+
+    Args:
+        spec: shape [out, in] and type.
+        seed: of the random numbers.
+
+    Returns:
+        A tensor that has passed :meth:`anyquant.ir.Tensor.check`: uint8 blocks [out, row bytes].
+    """
+    rng, shape, size = np.random.default_rng(seed), spec.arrays()[".blocks"][1], ir.GGML_TYPES[spec.type][1]
+    blocks = rng.integers(0, 256, shape, np.uint8).reshape(-1, size)
+    halves = (rng.standard_normal((len(blocks), 2)) / 100).astype(np.float16).view(np.uint8)
+    for number, at in enumerate(HALF_OFFSETS[spec.type]):
+        blocks[:, at : at + 2] = halves[:, 2 * number : 2 * number + 2]
+    if spec.type == "MXFP4":
+        blocks[:, 0] = rng.integers(118, 124, len(blocks))  # powers of two
+    elif spec.type == "IQ1_M":  # four bits of its scale end each of four words
+        for word, nibble in enumerate((halves[:, 0] & 15, halves[:, 0] >> 4, halves[:, 1] & 15, halves[:, 1] >> 4)):
+            blocks[:, 49 + 2 * word] = (blocks[:, 49 + 2 * word] & 15) | nibble << 4
+    return _checked(spec, {".blocks": blocks.reshape(shape)})
 
 
 def _checked(spec: ir.Spec, arrays: dict[str, np.ndarray]) -> ir.Tensor:

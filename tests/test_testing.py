@@ -10,7 +10,7 @@ import pytest
 
 from anyquant import ir
 from anyquant.errors import CorruptFileError
-from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor, ggml_tensor
 
 
 def test_the_seed_decides() -> None:
@@ -19,6 +19,7 @@ def test_the_seed_decides() -> None:
             codebook_tensor((9, 40), 1, [0, 3, 8], scaled=True, outliers=7, seed=seed),
             block_tensor(ir.BlockSpec((3, 40), "bfp", 4, 32), seed),
             affine_tensor(ir.AffineSpec((3, 40), 4, 32), seed),
+            ggml_tensor(ir.GGMLSpec((3, 64), "Q5_1"), seed),
         )
         return [ir.tensor_digest(tensor) for tensor in made]
 
@@ -53,6 +54,14 @@ def test_affine() -> None:
     tensor = affine_tensor(ir.AffineSpec((50, 70), 2, 16))
     assert set(tensor.arrays[".zero"].ravel()) == {0, 1, 2, 3}
     assert tensor.arrays[".scale"].min() < 0 < tensor.arrays[".scale"].max()
+
+
+@pytest.mark.parametrize("name", ir.GGML_TYPES)
+def test_stock_blocks(name: str) -> None:
+    """Values of both signs, whose size is not left to chance."""
+    values = ir.dequantize(ggml_tensor(ir.GGMLSpec((8, 2048), name)))
+    assert values.min() < 0 < values.max()
+    assert 1e-3 < np.sqrt((values.astype(np.float64) ** 2).mean()) < 20
 
 
 def test_no_test_framework_is_needed() -> None:

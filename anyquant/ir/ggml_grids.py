@@ -91,6 +91,12 @@ def grid(name: str) -> Floats:
     return points
 
 
+def points_of(type_name: str) -> Floats | None:
+    """The points that codes of a stock type stand for, as :func:`grid` gives them; None where they are numbers."""
+    name = "IQ1_S" if type_name == "IQ1_M" else type_name
+    return grid(name) if name in _COORDINATES else None
+
+
 def _half(b: Bytes, at: int) -> Floats:
     return np.ascontiguousarray(b[:, at : at + 2]).view("<f2").astype(np.float32)
 

@@ -73,8 +73,8 @@ def load(
     """Load an IR folder as a transformers model that generates.
 
     Linear layers multiply with their packed matrices, in about the memory that the folder takes on disk, on the CPU or
-    on an NVIDIA GPU. Other layers, those of the kind ggml, and on the CPU all where the compiled library is missing,
-    hold dequantized weights.
+    on an NVIDIA GPU. Other layers hold dequantized weights: on the CPU also those of the kind ggml, and all where the
+    compiled library is missing.
 
     Args:
         path: the folder that ``anyquant quantize`` wrote.
@@ -94,6 +94,9 @@ def load(
     import torch
     from transformers import GenerationConfig
 
+    from anyquant.runtime import native_matmul
+    from anyquant.runtime.cuda import reference
+
     home = _device(device)
     on_gpu = home.type == "cuda"
     if on_gpu:  # refused before anything is read
@@ -104,7 +107,8 @@ def load(
     folder = Path(path)
     model = ir.open_ir(folder)
     code = folder if trust_remote_code else None
-    packed = {} if dequantize or not (on_gpu or native.available()) else _packable(model, str(path), code)
+    kinds: tuple[type[ir.Spec], ...] = reference.KINDS if on_gpu else native_matmul.KINDS
+    packed = {} if dequantize or not (on_gpu or native.available()) else _packable(model, str(path), code, kinds)
     loaded = model_from_state(
         model.config, checkpoint_tensors(model, packed), model.aliases, str(path),
         dtype=dtype, code_folder=code, replaced=packed,
@@ -140,17 +144,18 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _packable(model: ir.Model, where: str, code_folder: Path | None) -> dict[str, tuple[int, int]]:
-    """Name -> [out, in] of the matrices that linear layers can multiply with as they are."""
+def _packable(
+    model: ir.Model, where: str, code_folder: Path | None, kinds: tuple[type[ir.Spec], ...]
+) -> dict[str, tuple[int, int]]:
+    """Name -> [out, in] of the matrices of some kinds that linear layers can multiply with as they are."""
     import torch
 
     from anyquant.runtime.linear import replaceable
-    from anyquant.runtime.native_matmul import KINDS
 
     settings, architecture = causal_lm_class(model.config, where, code_folder)
     with torch.device("meta"):
         skeleton = architecture(settings)
-    found = {name: entry for name, entry in model.entries.items() if isinstance(entry.spec, KINDS)}
+    found = {name: entry for name, entry in model.entries.items() if isinstance(entry.spec, kinds)}
     tied = set(model.aliases.values())
     names = [name for name, entry in found.items() if not entry.source_transposed and name not in tied]
     shapes = {name: (found[name].spec.shape[0], found[name].spec.shape[1]) for name in names}

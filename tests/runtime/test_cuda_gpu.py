@@ -10,7 +10,7 @@ from anyquant import ir
 from anyquant.runtime.cuda import layout, products, reference
 from anyquant.runtime.cuda.linear import quantized_linear
 from anyquant.runtime.cuda.machine import TYPES, machine
-from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor, ggml_tensor
 
 pytestmark = [
     pytest.mark.cuda,
@@ -62,6 +62,7 @@ def test_more_columns_than_16_bits_count(axis: int) -> None:
         block_tensor(ir.BlockSpec((70, 300), "minifloat", 6, 16, 3), exponents=(-3, 2)),
         block_tensor(ir.BlockSpec((70, 300), "log", 4, 32), exponents=(-3, 2)),
         affine_tensor(ir.AffineSpec((70, 300), 4, 64)),
+        *(ggml_tensor(ir.GGMLSpec((70, 512), name)) for name in ir.GGML_TYPES),
     ],
     ids=lambda tensor: f"{tensor.spec}",
 )

@@ -11,7 +11,7 @@ from anyquant import ir
 from anyquant.errors import UsageError
 from anyquant.runtime.cuda import linear
 from anyquant.runtime.linear import replace_linears
-from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor, ggml_tensor
 from tests.kernels.cuda.machine import TorchOnEmulator
 
 TENSORS = [
@@ -19,6 +19,7 @@ TENSORS = [
     codebook_tensor((70, 200), 1, [2, 4], outliers=90),
     block_tensor(ir.BlockSpec((70, 200), "bfp", 4, 32), exponents=(-3, 2)),
     affine_tensor(ir.AffineSpec((70, 200), 4, 64)),
+    ggml_tensor(ir.GGMLSpec((70, 224), "Q4_1")),
 ]
 LIMIT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

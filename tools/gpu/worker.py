@@ -18,7 +18,7 @@ from anyquant import ir
 from anyquant.runtime.cuda import reference
 from anyquant.runtime.cuda.linear import CodebookLinear, quantized_linear
 from anyquant.runtime.cuda.machine import TYPES, machine
-from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor, ggml_tensor
 from gpu.material import as_json, check
 
 
@@ -28,6 +28,8 @@ def launches(device: torch.device) -> None:
         *(codebook_tensor((70, 300), axis, [2, 3, 4, 0], scaled=True, outliers=90) for axis in (0, 1)),
         block_tensor(ir.BlockSpec((70, 300), "bfp", 4, 32), exponents=(-3, 2)),
         affine_tensor(ir.AffineSpec((70, 300), 4, 64)),
+        ggml_tensor(ir.GGMLSpec((70, 512), "Q4_K")),
+        ggml_tensor(ir.GGMLSpec((70, 512), "IQ3_S")),
     ]
     for tensor in tensors:
         layer = quantized_linear(tensor, None).to(device)
@@ -35,19 +37,20 @@ def launches(device: torch.device) -> None:
         kinds = TYPES if isinstance(layer, CodebookLinear) else [torch.float32]
         for dtype in kinds:
             for batch in (1, 3, 8, 17, 33):
-                x = torch.randn(batch, 300, generator=torch.Generator().manual_seed(batch)).to(dtype)
+                x = torch.randn(batch, tensor.spec.shape[1], generator=torch.Generator().manual_seed(batch)).to(dtype)
                 y, wanted = layer(x.to(device)).cpu().double(), x.double() @ exact.T
                 assert (y - wanted).norm() <= 1e-2 * wanted.norm(), (tensor.spec, dtype, batch)
-    gpu, weight = machine(device), exact.float().to(device)
-    x, y = torch.ones(3, 300, device=device), torch.empty(3, 70, device=device)
-    reference.multiply(gpu, (70, 300), weight, x, 3, y)
-    stored = {  # of a tensor whose kernels no layer uses
+    # Those that no layer uses.
+    gpu, weight = machine(device), torch.empty(70, 300, device=device)
+    stored = {
         name: torch.from_numpy(array.view("u1").copy()).to(device)
         for name, array in reference.stored_arrays(tensors[0]).items()
     }
     assert isinstance(tensors[0].spec, ir.CodebookSpec)
     reference.dequantize(gpu, tensors[0].spec, stored, weight)
     assert ir.digest(weight.cpu().numpy()) == ir.digest(ir.dequantize(tensors[0]))
+    x, y = torch.ones(3, 300, device=device), torch.empty(3, 70, device=device)
+    reference.multiply(gpu, (70, 300), weight, x, 3, y)
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from anyquant.errors import MachineError, UsageError
-from anyquant.ir import AffineSpec, BlockSpec, CodebookSpec, Tensor
+from anyquant.ir import AffineSpec, BlockSpec, CodebookSpec, GGMLSpec, Tensor
 from anyquant.runtime.cuda import reference
 from anyquant.runtime.cuda.layout import pack_codebook
 from anyquant.runtime.cuda.machine import TYPES, machine
@@ -95,11 +95,11 @@ class CodebookLinear(_QuantizedLinear):
 
 
 class BlockLinear(_QuantizedLinear):
-    """Multiplies with what the reference kernels dequantize of a matrix of the kind block or affine, each time."""
+    """Multiplies with what the reference kernels dequantize, each time: of the kinds block, affine and ggml."""
 
     def __init__(self, tensor: Tensor, bias: torch.Tensor | None) -> None:
         """Take over the stored arrays; on the CPU until the module is moved."""
-        assert isinstance(tensor.spec, BlockSpec | AffineSpec)
+        assert isinstance(tensor.spec, BlockSpec | AffineSpec | GGMLSpec)
         super().__init__(tensor.spec.shape, bias)
         self.spec = tensor.spec
         for name, array in reference.stored_arrays(tensor).items():
@@ -114,7 +114,7 @@ class BlockLinear(_QuantizedLinear):
 
 
 def quantized_linear(tensor: Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """The layer for a tensor of the kind codebook, block or affine."""
+    """The layer for a tensor of one of :data:`anyquant.runtime.cuda.reference.KINDS`."""
     return CodebookLinear(tensor, bias) if isinstance(tensor.spec, CodebookSpec) else BlockLinear(tensor, bias)
 
 

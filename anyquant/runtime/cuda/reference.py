@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anyquant.ir import AffineSpec, BlockSpec, CodebookSpec, Tensor
+from anyquant.ir import GGML_TYPES, AffineSpec, BlockSpec, CodebookSpec, GGMLSpec, Tensor, ggml_grids
 from anyquant.ir.packing import code_offsets, entry_offsets
 from anyquant.runtime.cuda.products import Machine, Output
 
-KINDS = (CodebookSpec, BlockSpec, AffineSpec)
-"""Kinds of tensors that the kernels dequantize. Of others the values are taken, which :func:`anyquant.ir.dequantize`
-gives."""
+Quantized = CodebookSpec | BlockSpec | AffineSpec | GGMLSpec
+KINDS = (CodebookSpec, BlockSpec, AffineSpec, GGMLSpec)
+"""Kinds of tensors that the kernels dequantize: all but dense ones."""
 _BLOCK = 256
 _FORMATS = ("bfp", "minifloat", "log")
+_GGML = tuple(GGML_TYPES)
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -32,13 +33,13 @@ def stored_arrays(tensor: Tensor) -> Arrays:
         bits = tensor.arrays[".bits"]
         arrays["stream"] = code_offsets(bits, tensor.spec.shape[1 - tensor.spec.axis])[:-1]
         arrays["entry"] = entry_offsets(bits)[:-1]
+    if isinstance(tensor.spec, GGMLSpec) and (points := ggml_grids.points_of(tensor.spec.type)) is not None:
+        arrays["grid"] = points
     # An array without elements has no address.
     return {name: array if array.size else np.zeros(1, array.dtype) for name, array in arrays.items()}
 
 
-def dequantize(
-    machine: Machine, spec: CodebookSpec | BlockSpec | AffineSpec, stored: dict[str, Any], weight: Any
-) -> None:
+def dequantize(machine: Machine, spec: Quantized, stored: dict[str, Any], weight: Any) -> None:
     """FP32 values [out, in], to the last bit those of :func:`anyquant.ir.dequantize`.
 
     Args:
@@ -55,6 +56,12 @@ def dequantize(
             "reference.cu", {}, "dequantize_block", grid, _BLOCK, 0, stored["codes"], stored["exponents"], row_bytes,
             spec.blocks, spec.block, _FORMATS.index(spec.format), spec.width, spec.exponent_width, rows, columns,
             Output(weight),
+        )  # fmt: skip
+        return
+    if isinstance(spec, GGMLSpec):
+        machine.launch(
+            "ggml.cu", {}, "dequantize_ggml", grid, _BLOCK, 0, stored["blocks"], stored.get("grid"),
+            _GGML.index(spec.type), *GGML_TYPES[spec.type], rows, columns, Output(weight),
         )  # fmt: skip
         return
     if isinstance(spec, AffineSpec):

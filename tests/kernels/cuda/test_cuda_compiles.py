@@ -13,6 +13,7 @@ KERNELS = Path(__file__).parents[3] / "kernels" / "cuda"
 WIDTHS = [1 << 4, 0b11111, 0b111111111]
 MACROS = [
     ("reference.cu", {}),
+    ("ggml.cu", {}),
     ("finish.cu", {}),
     *(("expand.cu", {"AQ_AXIS": axis, "AQ_WIDTHS": widths}) for axis in (0, 1) for widths in WIDTHS),
     *(

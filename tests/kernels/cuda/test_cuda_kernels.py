@@ -8,7 +8,7 @@ import pytest
 from anyquant import ir
 from anyquant.runtime.cuda import layout, products, reference
 from anyquant.runtime.cuda.products import Output, Type
-from anyquant.testing import affine_tensor, block_tensor, codebook_tensor
+from anyquant.testing import affine_tensor, block_tensor, codebook_tensor, ggml_tensor
 from tests.kernels.cuda.machine import EmulatedGpu, dequantized, expanded, from_kind, multiplied, to_kind
 
 MIXED = [4, 0, 2, 3, 1, 8, 5, 7, 6]
@@ -114,6 +114,7 @@ REFERENCES = [
         for block in (16, 32)
     ),
     *(affine_tensor(ir.AffineSpec((5, 300), bits, block)) for bits in (2, 4, 8) for block in (16, 256)),
+    *(ggml_tensor(ir.GGMLSpec((3, 1024), name)) for name in ir.GGML_TYPES),
 ]  # fmt: skip
 
 
