@@ -38,7 +38,7 @@ def test_products(emulated: TorchOnEmulator, tensor: ir.Tensor, dtype: torch.dty
     layer = linear.quantized_linear(tensor, bias).to(dtype)
     weight = torch.from_numpy(ir.dequantize(tensor)).double()
     for shape in [(1,), (3, 4), (17,), (40,), (0,)]:
-        x = torch.randn(*shape, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = torch.randn(*shape, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
         exact = x.double() @ weight.T + bias.to(dtype).double()
         y = layer(x)
         assert y.shape == exact.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ class Launcher:
         except ImportError:
             raise MissingDependency("cuda-core", "cuda", "running kernels on a GPU") from None
         self._loaded: dict[tuple[Any, ...], Any] = {}
+        self._threads = threading.local()
 
     def launch(
         self, source: str, macros: Mapping[str, int], kernel: str, grid: tuple[int, int], threads: int,
@@ -73,15 +75,15 @@ class Launcher:
             MachineError: the driver does not load or start it.
             AnyquantError: see :func:`anyquant.runtime.cuda.compiler.compiled`.
         """
-        from cuda.core import LaunchConfig, Stream, launch
+        from cuda.core import launch
 
         assert shared_bytes <= MOST_SHARED
         words = [_word(argument) for argument in arguments]
         with torch.cuda.device(self._device):
-            stream = Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
-            config = LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
             try:
-                launch(stream, config, self._kernel(source, macros, kernel), *words)
+                self._make_current()
+                stream = _stream(torch.cuda.current_stream(self._device).cuda_stream)
+                launch(stream, _config(grid, threads, shared_bytes), self._kernel(source, macros, kernel), *words)
             except Exception as error:  # CUDAError, which is no public name
                 if isinstance(error, AnyquantError):
                     raise
@@ -90,6 +92,14 @@ class Launcher:
                     f"{name} does not start {kernel} with {grid[0]} x {grid[1]} blocks of {threads} threads and "
                     f"{shared_bytes:,} bytes of shared memory: {error}. {_DRIVER}"
                 ) from error
+
+    def _make_current(self) -> None:
+        """torch makes a GPU the current one of a new thread when it first works on it, which may be later than this."""
+        from cuda.core import Device
+
+        if not hasattr(self._threads, "ready"):
+            Device(torch.cuda.current_device()).set_current()
+            self._threads.ready = True
 
     def _kernel(self, source: str, macros: Mapping[str, int], name: str) -> Any:
         from cuda.core import ObjectCode
@@ -100,6 +110,21 @@ class Launcher:
                 self._loaded[key] = ObjectCode.from_cubin(compiled(source, macros, self._architecture))
             self._loaded[key, name] = self._loaded[key].get_kernel(name)
         return self._loaded[key, name]
+
+
+# Made once: in a small product they take longer than the launch.
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(grid: tuple[int, int], threads: int, shared_bytes: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
 
 
 _DRIVER = "The kernels are compiled by CUDA 13: its driver, 580 or later, is needed"

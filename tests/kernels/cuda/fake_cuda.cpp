@@ -1,5 +1,5 @@
-// libcuda.so.1 on the emulator, as far as the operator for ONNX Runtime uses it. "Cubins" are paths of libraries, which the
-// fake NVRTC makes. Calls that would be mistakes on a GPU end the process; FAKE_CUDA_FAIL names one that is to fail.
+// libcuda.so.1 on the emulator, as far as cuda-core and the operator for ONNX Runtime use it. "Cubins" are paths of libraries
+// of kernels for the emulator. Calls that would be mistakes on a GPU end the process; FAKE_CUDA_FAIL names one that is to fail.
 
 #include <dlfcn.h>
 #include <stdint.h>
@@ -16,7 +16,8 @@ namespace {
 std::map<uint64_t, size_t> live;  // memory of the device
 std::map<uint64_t, size_t> async;
 std::vector<std::string> launched;
-int depth = 0, loaded = 0;
+int loaded = 0;
+thread_local int depth = 0;  // of the stack of contexts
 
 #define REQUIRE(condition)                                       \
   if (!(condition)) {                                            \
@@ -39,7 +40,21 @@ struct Function {
 
 // What kernels take: p memory to read, w memory to write, i an integer of 32 bits.
 const std::map<std::string, const char*> ARGUMENTS = {
-    {"gemv_rows", "ppiipw"}, {"gemv_columns", "ppiiw"}, {"finish_columns", "ppppiipw"}};
+    {"gemv_rows", "ppiipw"},
+    {"gemv_columns", "ppiiw"},
+    {"finish_columns", "ppppiipw"},
+    {"half_activations", "ppiiwiw"},
+    {"gemm_rows", "ppippiiw"},
+    {"gemm_columns", "ppiiw"},
+    {"expand_rows", "pwi"},
+    {"expand_columns", "pwi"},
+    {"expand_outliers", "pwi"},
+    {"dequantize_codebook", "ppppppiiiw"},
+    {"replace_outliers", "ppipiiw"},
+    {"dequantize_block", "ppiiiiiiiiw"},
+    {"dequantize_affine", "pppiiiiiiw"},
+    {"dequantize_ggml", "ppiiiiiw"},
+    {"multiply", "ppiiw"}};
 
 int allocate(uint64_t* pointer, size_t bytes) {
   void* memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -157,11 +172,79 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   return 0;
 }
 
+#ifndef FAKE_WITHOUT_CUDA_CORE  // the real NVRTC takes a driver that has these for more than it is
+// What cuda-core calls besides, which asks for functions by their names.
+int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* status) {
+  Dl_info self;
+  REQUIRE(dladdr(reinterpret_cast<void*>(&cuGetErrorString), &self));
+  void* library = dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+  *function = dlsym(library, name);
+  if (!*function) *function = dlsym(library, (std::string(name) + "_v2").c_str());
+  if (status) *status = *function ? 0 : 1;
+  return *function ? 0 : 500;
+}
+int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+int cuGetErrorName(int, const char** name) {
+  *name = "CUDA_ERROR_OF_THE_FAKE";
+  return 0;
+}
+int cuDeviceGetCount(int* count) {
+  *count = 1;
+  return 0;
+}
+int cuDeviceGet(int* device, int number) {
+  REQUIRE(number == 0);
+  *device = 0;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) {
+  *context = reinterpret_cast<void*>(0xc7);
+  return 0;
+}
+int cuCtxSetCurrent(void* context) {
+  depth = context ? 1 : 0;
+  return 0;
+}
+int cuCtxGetCurrent(void** context) {
+  *context = depth ? reinterpret_cast<void*>(0xc7) : nullptr;
+  return 0;
+}
+int cuLibraryLoadData(void** library, const void* code, int*, void**, unsigned, int*, void**, unsigned) {
+  return cuModuleLoadData(library, code);
+}
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  return cuModuleGetFunction(kernel, library, name);
+}
+int cuLibraryUnload(void*) { return 0; }
+int cuDevicePrimaryCtxRelease(int) { return 0; }
+struct LaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  void* stream;
+  void* attributes;
+  unsigned attribute_count;
+};
+int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** arguments, void** extra) {
+  return cuLaunchKernel(function, c->grid_x, c->grid_y, c->grid_z, c->block_x, c->block_y, c->block_z, c->shared_bytes,
+                        c->stream, arguments, extra);
+}
+#endif
+
 // For the tests.
 uint64_t fake_allocate(size_t bytes) {
   uint64_t pointer = 0;
   allocate(&pointer, bytes);
   return pointer;
+}
+// Memory of the host that kernels may be given.
+void fake_lend(uint64_t pointer, size_t bytes) {
+  for (auto near = live.lower_bound(pointer); near != live.end() && near->first < pointer + bytes;) near = live.erase(near);
+  auto before = live.lower_bound(pointer);
+  if (before != live.begin() && (--before)->first + before->second > pointer) live.erase(before);
+  live[pointer] = bytes;
 }
 void fake_free(uint64_t pointer) { cuMemFree_v2(pointer); }
 size_t fake_live() { return live.size(); }

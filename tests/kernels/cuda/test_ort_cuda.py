@@ -18,6 +18,7 @@ import pytest
 from anyquant.runtime import native
 from anyquant.runtime.cuda import compiler
 from anyquant.runtime.onnx_session import LIBRARY
+from tests.kernels.cuda.conftest import build_fake
 from tests.kernels.cuda.emulated import HERE, KERNELS_CUDA
 from tests.kernels.cuda.ort_driver import CASES, LARGE
 
@@ -25,21 +26,6 @@ REASON = f"no compiled operators: {native.missing(LIBRARY)}"
 pytestmark = pytest.mark.skipif(native.path_of(LIBRARY) is None, reason=REASON)
 DRIVER = HERE / "ort_driver.py"
 Answer = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def fakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with libcuda.so.1 and libnvrtc.so.13."""
-    program, folder = shutil.which("c++"), tmp_path_factory.mktemp("fakes")
-    if program is None:
-        pytest.skip("no C++ compiler")
-    for source, library in [("fake_cuda.cpp", "libcuda.so.1"), ("fake_nvrtc.cpp", "libnvrtc.so.13")]:
-        subprocess.run(
-            [program, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", str(HERE / source), "-o",
-             str(folder / library), "-ldl"],
-            check=True,
-        )  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +132,7 @@ def test_the_real_compiler(answer: Answer, fakes: Path, tmp_path: Path) -> None:
         pytest.skip("the extra anyquant[cuda] is not installed")
     nvrtc = next(Path(str(file.locate())).parent for file in files if file.name.startswith("libnvrtc.so"))
     (tmp_path / "driver").mkdir()
-    shutil.copy(fakes / "libcuda.so.1", tmp_path / "driver")
+    build_fake("fake_cuda.cpp", tmp_path / "driver" / "libcuda.so.1", "-DFAKE_WITHOUT_CUDA_CORE")
     for case in ("rows", "columns"):
         found = Path(f"{tmp_path / 'driver'}:{nvrtc}")
         answered = answer(case, cache=tmp_path / case, found=found, FAKE_CUDA_FAIL="cuModuleLoadData")
