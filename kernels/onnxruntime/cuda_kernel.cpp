@@ -53,6 +53,8 @@ bool move(Kernel* self, Context context, Words* words) {
   result = driver.MemAlloc(&memory, self->bytes);
   if (result) return cuda::failed(driver, result, "the GPU has no memory for a matrix", words);
   result = driver.MemcpyHtoD(memory, self->host.as<void>(), self->bytes);
+  // It has left this memory then, but streams of the session do not wait until it is there.
+  if (!result) result = driver.CtxSynchronize();
   if (result) {
     driver.MemFree(memory);
     return cuda::failed(driver, result, "a matrix does not get to the GPU", words);

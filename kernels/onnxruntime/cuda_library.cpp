@@ -57,6 +57,7 @@ void find_driver() {
   } else if (!(find(library, "cuGetErrorString", &d.GetErrorString) && find(library, "cuStreamGetCtx", &d.StreamGetCtx) &&
                find(library, "cuCtxPushCurrent_v2", &d.CtxPushCurrent) &&
                find(library, "cuCtxPopCurrent_v2", &d.CtxPopCurrent) && find(library, "cuCtxGetDevice", &d.CtxGetDevice) &&
+               find(library, "cuCtxSynchronize", &d.CtxSynchronize) &&
                find(library, "cuDeviceGetAttribute", &d.DeviceGetAttribute) &&
                find(library, "cuModuleLoadData", &d.ModuleLoadData) &&
                find(library, "cuModuleGetFunction", &d.ModuleGetFunction) &&

@@ -21,6 +21,7 @@ struct Driver {
   Result (*CtxPushCurrent)(Context context);
   Result (*CtxPopCurrent)(Context* context);
   Result (*CtxGetDevice)(int* device);
+  Result (*CtxSynchronize)();
   Result (*DeviceGetAttribute)(int* value, Attribute attribute, int device);
   Result (*ModuleLoadData)(Module* module, const void* image);
   Result (*ModuleGetFunction)(Function* function, Module module, const char* name);

@@ -17,6 +17,7 @@ std::map<uint64_t, size_t> live;  // memory of the device
 std::map<uint64_t, size_t> async;
 std::vector<std::string> launched;
 int loaded = 0;
+bool copying = false;  // until the context is synchronized
 thread_local int depth = 0;  // of the stack of contexts
 
 #define REQUIRE(condition)                                       \
@@ -93,6 +94,11 @@ int cuCtxGetDevice(int* device) {
   *device = 0;
   return 0;
 }
+int cuCtxSynchronize() {
+  REQUIRE(depth > 0);
+  copying = false;
+  return fails("cuCtxSynchronize") ? 700 : 0;
+}
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const char* major = getenv("FAKE_CUDA_MAJOR");
   *value = attribute == 75 ? (major ? atoi(major) : 9) : attribute == 76 ? 0 : attribute == 16 ? 4 : -1;
@@ -125,6 +131,7 @@ int cuMemFree_v2(uint64_t pointer) {
 int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
   REQUIRE(live.count(to) && live[to] >= bytes);
   if (fails("cuMemcpyHtoD_v2")) return 700;
+  copying = true;
   memcpy(reinterpret_cast<void*>(to), from, bytes);
   return 0;
 }
@@ -142,6 +149,7 @@ int cuMemFreeAsync(uint64_t pointer, void*) {
 int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                    unsigned block_z, unsigned shared_bytes, void* stream, void** arguments, void** extra) {
   REQUIRE(depth > 0 && stream == reinterpret_cast<void*>(0x57) && !extra);
+  REQUIRE(!copying);
   REQUIRE(grid_z == 1 && block_y == 1 && block_z == 1 && shared_bytes <= 48 << 10);
   if (fails("cuLaunchKernel")) return 719;
   const Function& f = *static_cast<Function*>(function);

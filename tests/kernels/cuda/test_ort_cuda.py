@@ -107,6 +107,7 @@ def test_kernels_are_compiled_once(answer: Answer, tmp_path: Path) -> None:
         ("cuStreamGetCtx", "the stream of the session is on no GPU"),
         ("cuMemAlloc_v2", r"the GPU has no memory for a matrix: out of memory (CUDA error 2)"),
         ("cuMemcpyHtoD_v2", "a matrix does not get to the GPU"),
+        ("cuCtxSynchronize", "a matrix does not get to the GPU"),
         ("cuModuleLoadData", "is the driver older than NVRTC?"),
         ("cuMemAllocAsync", "no memory for the sums of columns: out of memory"),
         ("cuLaunchKernel", "the GPU does not start a kernel"),
