@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -131,3 +132,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, of_torch: dict[str, Any]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: of_torch.get("count", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_torch["capability"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+
+
+def test_a_cuda_core_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "require_gpu", lambda device: "sm_90")
+    monkeypatch.setitem(sys.modules, "cuda.core", ModuleType("cuda.core"))  # its names were elsewhere before
+    with pytest.raises(MissingDependency, match=r"pip install 'anyquant\[cuda\]'"):
+        launcher.Launcher(torch.device("cuda"))

@@ -50,7 +50,7 @@ class Launcher:
         """Raises MachineError where the kernels do not run there, MissingDependency without cuda-core."""
         self._architecture, self._device = require_gpu(device), device
         try:
-            import cuda.core  # noqa: F401
+            from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch  # noqa: F401
         except ImportError:
             raise MissingDependency("cuda-core", "cuda", "running kernels on a GPU") from None
         self._loaded: dict[tuple[Any, ...], Any] = {}
