@@ -40,7 +40,7 @@ OrtStatus* error(const Kernel& self, const Words& words) {
 }
 
 // To the GPU of the current context, at the first run: which one it is, is known then.
-bool move(Kernel* self, Context context, Words* words) {
+bool move(Kernel* self, Context context, Stream stream, Words* words) {
   const Driver& driver = *self->driver;
   if (self->context) {
     return self->context == context || words->say("a session of one GPU runs on another");
@@ -52,9 +52,8 @@ bool move(Kernel* self, Context context, Words* words) {
   Pointer memory = 0;
   result = driver.MemAlloc(&memory, self->bytes);
   if (result) return cuda::failed(driver, result, "the GPU has no memory for a matrix", words);
-  result = driver.MemcpyHtoD(memory, self->host.as<void>(), self->bytes);
-  // It has left this memory then, but streams of the session do not wait until it is there.
-  if (!result) result = driver.CtxSynchronize();
+  result = driver.MemcpyHtoDAsync(memory, self->host.as<void>(), self->bytes, stream);
+  if (!result) result = driver.StreamSynchronize(stream);  // other streams will read it, too
   if (result) {
     driver.MemFree(memory);
     return cuda::failed(driver, result, "a matrix does not get to the GPU", words);
@@ -66,7 +65,7 @@ bool move(Kernel* self, Context context, Words* words) {
 
 bool run(Kernel* self, Context context, Stream stream, const Activations& given, Words* words) {
   pthread_mutex_lock(&self->moving);
-  const bool moved = move(self, context, words);
+  const bool moved = move(self, context, stream, words);
   pthread_mutex_unlock(&self->moving);
   if (!moved) return false;
   const Driver& driver = *self->driver;

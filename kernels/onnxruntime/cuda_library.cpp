@@ -57,20 +57,24 @@ void find_driver() {
   } else if (!(find(library, "cuGetErrorString", &d.GetErrorString) && find(library, "cuStreamGetCtx", &d.StreamGetCtx) &&
                find(library, "cuCtxPushCurrent_v2", &d.CtxPushCurrent) &&
                find(library, "cuCtxPopCurrent_v2", &d.CtxPopCurrent) && find(library, "cuCtxGetDevice", &d.CtxGetDevice) &&
-               find(library, "cuCtxSynchronize", &d.CtxSynchronize) &&
                find(library, "cuDeviceGetAttribute", &d.DeviceGetAttribute) &&
                find(library, "cuModuleLoadData", &d.ModuleLoadData) &&
                find(library, "cuModuleGetFunction", &d.ModuleGetFunction) &&
                find(library, "cuMemAlloc_v2", &d.MemAlloc) && find(library, "cuMemFree_v2", &d.MemFree) &&
-               find(library, "cuMemcpyHtoD_v2", &d.MemcpyHtoD) && find(library, "cuMemAllocAsync", &d.MemAllocAsync) &&
+               find(library, "cuMemcpyHtoDAsync_v2", &d.MemcpyHtoDAsync) &&
+               find(library, "cuStreamSynchronize", &d.StreamSynchronize) &&
+               find(library, "cuDriverGetVersion", &d.DriverGetVersion) && find(library, "cuMemAllocAsync", &d.MemAllocAsync) &&
                find(library, "cuMemFreeAsync", &d.MemFreeAsync) && find(library, "cuLaunchKernel", &d.LaunchKernel))) {
     no_driver = "the NVIDIA driver is older than CUDA 11.2";
   }
 }
 
 void find_compiler() {
-  static const char* const NAMES[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", nullptr};
-  void* library = open_first(NAMES);
+  // A driver takes what the compiler of its own CUDA makes, or an older one.
+  static const char* const NAMES[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so", nullptr};
+  int version = 0;
+  the_driver.DriverGetVersion(&version);
+  void* library = open_first(NAMES + (version < 13000));
   Compiler& c = the_compiler;
   if (!library) {
     no_compiler =
@@ -143,6 +147,7 @@ const Driver* driver(const char** why) {
   return no_driver ? nullptr : &the_driver;
 }
 
+// After driver() gave one.
 void* compiled(const char* name, const Macro* macros, size_t count, int major, int minor, Words* words) {
   pthread_once(&compiler_once, find_compiler);
   if (no_compiler) {

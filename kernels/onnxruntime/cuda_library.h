@@ -17,17 +17,18 @@ enum Attribute : int { MULTIPROCESSORS = 16, CAPABILITY_MAJOR = 75, CAPABILITY_M
 
 struct Driver {
   Result (*GetErrorString)(Result result, const char** words);
+  Result (*DriverGetVersion)(int* version);
   Result (*StreamGetCtx)(Stream stream, Context* context);
   Result (*CtxPushCurrent)(Context context);
   Result (*CtxPopCurrent)(Context* context);
   Result (*CtxGetDevice)(int* device);
-  Result (*CtxSynchronize)();
   Result (*DeviceGetAttribute)(int* value, Attribute attribute, int device);
   Result (*ModuleLoadData)(Module* module, const void* image);
   Result (*ModuleGetFunction)(Function* function, Module module, const char* name);
   Result (*MemAlloc)(Pointer* pointer, size_t bytes);
   Result (*MemFree)(Pointer pointer);
-  Result (*MemcpyHtoD)(Pointer to, const void* from, size_t bytes);
+  Result (*MemcpyHtoDAsync)(Pointer to, const void* from, size_t bytes, Stream stream);
+  Result (*StreamSynchronize)(Stream stream);
   Result (*MemAllocAsync)(Pointer* pointer, size_t bytes, Stream stream);
   Result (*MemFreeAsync)(Pointer pointer, Stream stream);
   Result (*LaunchKernel)(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,

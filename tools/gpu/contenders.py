@@ -119,7 +119,7 @@ Products = Callable[[int], Contender]
 def dense(name: str, shape: Shape, device: torch.device, rotate: int) -> Products:
     """torch's linear on 16-bit weights; name: FP16 or BF16 of this module."""
     dtype = {FP16: torch.float16, BF16: torch.bfloat16}[name]
-    weight = torch.randn(shape, device=device).to(dtype)
+    weight = torch.randn(shape, generator=_generator(device), device=device).to(dtype)
     weights = [weight, *(weight.clone() for _ in range(copies(weight.nbytes, rotate) - 1))]
 
     def products(batch: int) -> Contender:
@@ -127,6 +127,11 @@ def dense(name: str, shape: Shape, device: torch.device, rotate: int) -> Product
         return Contender(name, weight.nbytes, [_linear(x, one) for one in weights])
 
     return products
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Not torch's own, which a capture that failed may leave in disorder."""
+    return torch.Generator(device).manual_seed(0)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> Call:
@@ -137,7 +142,8 @@ def bitsandbytes_nf4(shape: Shape, device: torch.device, rotate: int) -> Product
     """NF4 in blocks of 64, FP32 scales; raises ImportError where bitsandbytes is not installed."""
     functional = importlib.import_module("bitsandbytes.functional")
     multiply = importlib.import_module("bitsandbytes").matmul_4bit
-    codes, state = functional.quantize_4bit(torch.randn(shape, device=device).half(), blocksize=64, quant_type="nf4")
+    weight = torch.randn(shape, generator=_generator(device), device=device)
+    codes, state = functional.quantize_4bit(weight.half(), blocksize=64, quant_type="nf4")
     nbytes = codes.nbytes + state.absmax.nbytes
     count = copies(nbytes, rotate)
     states = [state, *(copy.deepcopy(state) for _ in range(count - 1))]
@@ -157,8 +163,9 @@ def bitsandbytes_nf4(shape: Shape, device: torch.device, rotate: int) -> Product
 def gemlite_4_bits(shape: Shape, device: torch.device, rotate: int) -> Products:
     """4-bit integers, FP16 scale and zero for each 64; raises ImportError where gemlite is not installed."""
     helper = importlib.import_module("gemlite.helper")
-    codes = torch.randint(0, 16, shape, dtype=torch.uint8, device=device)
-    scales = torch.rand(shape[0], shape[1] // 64, device=device).half() / 64
+    generator = _generator(device)
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator, device=device)
+    scales = torch.rand(shape[0], shape[1] // 64, generator=generator, device=device).half() / 64
     packer = helper.A16W4_HQQ_INT(device=str(device), dtype=torch.float16)
     nbytes = codes.numel() // 2 + 2 * scales.nbytes
     layers = [

@@ -17,7 +17,7 @@ std::map<uint64_t, size_t> live;  // memory of the device
 std::map<uint64_t, size_t> async;
 std::vector<std::string> launched;
 int loaded = 0;
-bool copying = false;  // until the context is synchronized
+bool copying = false;  // until the stream is synchronized
 thread_local int depth = 0;  // of the stack of contexts
 
 #define REQUIRE(condition)                                       \
@@ -94,10 +94,15 @@ int cuCtxGetDevice(int* device) {
   *device = 0;
   return 0;
 }
-int cuCtxSynchronize() {
-  REQUIRE(depth > 0);
+int cuDriverGetVersion(int* version) {
+  const char* chosen = getenv("FAKE_CUDA_VERSION");
+  *version = chosen ? atoi(chosen) : 13000;
+  return 0;
+}
+int cuStreamSynchronize(void* stream) {
+  REQUIRE(depth > 0 && stream == reinterpret_cast<void*>(0x57));
   copying = false;
-  return fails("cuCtxSynchronize") ? 700 : 0;
+  return fails("cuStreamSynchronize") ? 700 : 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const char* major = getenv("FAKE_CUDA_MAJOR");
@@ -128,9 +133,10 @@ int cuMemFree_v2(uint64_t pointer) {
   free(reinterpret_cast<void*>(pointer));
   return 0;
 }
-int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
+  REQUIRE(depth > 0 && stream == reinterpret_cast<void*>(0x57));
   REQUIRE(live.count(to) && live[to] >= bytes);
-  if (fails("cuMemcpyHtoD_v2")) return 700;
+  if (fails("cuMemcpyHtoDAsync_v2")) return 700;
   copying = true;
   memcpy(reinterpret_cast<void*>(to), from, bytes);
   return 0;
@@ -192,10 +198,6 @@ int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* s
   return *function ? 0 : 500;
 }
 int cuInit(unsigned) { return 0; }
-int cuDriverGetVersion(int* version) {
-  *version = 13000;
-  return 0;
-}
 int cuGetErrorName(int, const char** name) {
   *name = "CUDA_ERROR_OF_THE_FAKE";
   return 0;

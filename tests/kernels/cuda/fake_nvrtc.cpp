@@ -1,6 +1,7 @@
 // libnvrtc.so on the C++ compiler: what it gives as a cubin is the path of a library of kernels for the emulator, whose
 // header lies in FAKE_NVRTC_EMULATOR; it lies in FAKE_NVRTC_FOLDER.
 
+#include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,7 +44,9 @@ int nvrtcDestroyProgram(Program** program) {
 }
 int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
   if (const char* log = getenv("FAKE_NVRTC_FAIL")) {
-    program->log = log;
+    Dl_info self;
+    dladdr(reinterpret_cast<void*>(&nvrtcGetErrorString), &self);
+    program->log = std::string(log) + " " + (strrchr(self.dli_fname, '/') + 1);
     return 6;
   }
   std::string folder = std::string(getenv("FAKE_NVRTC_FOLDER")) + "/XXXXXX";

@@ -106,8 +106,8 @@ def test_kernels_are_compiled_once(answer: Answer, tmp_path: Path) -> None:
     [
         ("cuStreamGetCtx", "the stream of the session is on no GPU"),
         ("cuMemAlloc_v2", r"the GPU has no memory for a matrix: out of memory (CUDA error 2)"),
-        ("cuMemcpyHtoD_v2", "a matrix does not get to the GPU"),
-        ("cuCtxSynchronize", "a matrix does not get to the GPU"),
+        ("cuMemcpyHtoDAsync_v2", "a matrix does not get to the GPU"),
+        ("cuStreamSynchronize", "a matrix does not get to the GPU"),
         ("cuModuleLoadData", "is the driver older than NVRTC?"),
         ("cuMemAllocAsync", "no memory for the sums of columns: out of memory"),
         ("cuLaunchKernel", "the GPU does not start a kernel"),
@@ -141,6 +141,16 @@ def test_the_real_compiler(answer: Answer, fakes: Path, tmp_path: Path) -> None:
         kept = list((tmp_path / case / "cubins").iterdir())
         assert len(kept) == 2  # for one row, and for eight
         assert all(file.read_bytes()[8:12] == b"\x7fELF" for file in kept)
+
+
+@pytest.mark.parametrize(("version", "chosen"), [("13000", "libnvrtc.so.13"), ("12080", "libnvrtc.so.12")])
+def test_the_compiler_is_the_drivers(answer: Answer, fakes: Path, tmp_path: Path, version: str, chosen: str) -> None:
+    """What a newer one compiles, a driver need not load."""
+    (tmp_path / "both").mkdir()
+    for name in ("libcuda.so.1", "libnvrtc.so.12", "libnvrtc.so.13"):
+        (tmp_path / "both" / name).symlink_to(fakes / name.replace("12", "13"))
+    settings = {"FAKE_NVRTC_FAIL": "from", "FAKE_CUDA_VERSION": version}
+    assert f"from {chosen}" in message(answer(cache=tmp_path, found=tmp_path / "both", **settings), "rows")
 
 
 def test_gpus_that_are_too_old(answer: Answer, tmp_path: Path) -> None:
