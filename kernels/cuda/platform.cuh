@@ -22,7 +22,6 @@ AQ_DEVICE u32 thread_index() { return threadIdx.x; }
 AQ_DEVICE u32 threads_of_block() { return blockDim.x; }
 AQ_DEVICE u32 block_x() { return blockIdx.x; }
 AQ_DEVICE u32 block_y() { return blockIdx.y; }
-AQ_DEVICE u32 blocks_x() { return gridDim.x; }
 
 AQ_DEVICE void sync_block() { __syncthreads(); }
 AQ_DEVICE void sync_warp() { __syncwarp(); }

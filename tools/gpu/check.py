@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 
 import fetch  # the script tools/fetch.py
 import torch
-from benchmark_cuda import lines_of
+from benchmark_cuda import about, lines_of
 
 from anyquant.errors import AnyquantError, MachineError
 from anyquant.runtime.cuda.launcher import require_gpu
@@ -174,18 +174,14 @@ def machine() -> dict[str, Any]:
             return "unknown"
 
     architecture = require_gpu(torch.device("cuda"))
-    properties = torch.cuda.get_device_properties(0)
-    packages = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "transformers", "bitsandbytes", "gemlite", "triton")
+    packages = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "transformers", "triton")
     return {
-        "gpu": properties.name,
+        **about(torch.device("cuda")),
         "tf32_override": os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
         "architecture": architecture,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         **{package: installed(package) for package in packages},
         "commit": said("git", "rev-parse", "HEAD"),
     }
@@ -233,8 +229,8 @@ def make_material(folder: Path) -> int:
 
 def summary(content: dict[str, Any]) -> list[str]:
     """What a reader wants to know first; speed is all of it in Markdown."""
-    about = content["machine"]
-    lines = [f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}", ""]
+    found_on = content["machine"]
+    lines = [f"{found_on['gpu']}, driver {found_on['driver']}, torch {found_on['torch']}", ""]
     for name, step in content["steps"].items():
         said = step.get("reason", "")
         if "passed" in step:

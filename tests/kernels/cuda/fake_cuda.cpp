@@ -15,7 +15,6 @@ namespace {
 
 std::map<uint64_t, size_t> live;  // memory of the device
 std::map<uint64_t, size_t> async;
-std::vector<std::string> launched;
 int loaded = 0;
 bool copying = false;  // until the stream is synchronized
 thread_local int depth = 0;  // of the stack of contexts
@@ -182,7 +181,6 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
       ranges.data(), static_cast<uint32_t>(ranges.size() / 3), message, sizeof(message));
   if (failed) fprintf(stderr, "%s\n", message);
   REQUIRE(!failed);
-  launched.push_back(f.name);
   return 0;
 }
 
@@ -260,7 +258,6 @@ void fake_free(uint64_t pointer) { cuMemFree_v2(pointer); }
 size_t fake_live() { return live.size(); }
 int fake_depth() { return depth; }
 int fake_loaded() { return loaded; }
-size_t fake_launched() { return launched.size(); }
 // Memory of the device that is not the test's own: the largest piece.
 uint64_t fake_largest(uint64_t but_x, uint64_t but_y, size_t* bytes) {
   uint64_t found = 0;
